@@ -1,0 +1,96 @@
+//! The engine's one error type.
+//!
+//! Rules: a caller can tell corrupt, unsupported, no space, busy, refused and its own fault apart by the variant, never
+//! by text. Errors are passed on, and logged where they are handled. Bytes from outside never panic: what cannot be
+//! parsed becomes [`Error::Corrupt`] or [`Error::Unsupported`] and names what, where and which file.
+//! Errors are `Clone`, because one failed sync answers every request that waited for it.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use crate::units::ByteOffset;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation of the engine did not happen.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused. `op` is the verb ("write", "sync"), `path` the file.
+    #[error("{op} {}: {source}", path.display())]
+    Io { op: &'static str, path: PathBuf, source: Arc<io::Error> },
+    /// The medium is full; nothing that was acknowledged is lost.
+    #[error("no space left on {}; delete something on it and try again", path.display())]
+    NoSpace { path: PathBuf },
+    /// Bytes on disk are not what was written. `at` is the offset in `path`.
+    #[error("{}: {what} at byte {}; nothing was changed", path.display(), at.0)]
+    Corrupt { path: PathBuf, what: Corruption, at: ByteOffset },
+    /// Sound, but not something that this version reads.
+    #[error("{}: {what} is not supported", path.display())]
+    Unsupported { path: PathBuf, what: String },
+    /// The range does not lie within the device.
+    #[error("{len} bytes at {start} do not lie within the device's {size} bytes")]
+    OutOfRange { start: u64, len: u64, size: u64 },
+    /// The layer took an error from its medium earlier and takes no more writes.
+    #[error("read-only since an earlier fault: {reason}; see `bedplate volume recover`")]
+    Failed { reason: Arc<str> },
+    /// The bytes of this range were lost to damage; other ranges are served.
+    #[error("{len} bytes at {start} were lost: {reason}; see `bedplate volume recover`")]
+    Lost { start: u64, len: u64, reason: Arc<str> },
+    /// A write to something read-only.
+    #[error("{what} is read-only")]
+    ReadOnly { what: String },
+    /// The name does not exist.
+    #[error("{kind} {name:?} not found")]
+    NotFound { kind: &'static str, name: String },
+    /// The name is taken.
+    #[error("{kind} {name:?} exists already")]
+    Exists { kind: &'static str, name: String },
+    /// Something holds it; `by` names who.
+    #[error("{kind} {name:?} is in use: {by}")]
+    InUse { kind: &'static str, name: String, by: String },
+    /// What was asked for makes no sense, and why.
+    #[error("{0}")]
+    Invalid(String),
+    /// A queue or table is full; the limit has this name.
+    #[error("too many at once ({limit}); try again")]
+    Busy { limit: &'static str },
+    /// The device is closing down.
+    #[error("the volume is closed")]
+    Closed,
+}
+
+/// What is wrong with bytes that were read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Corruption {
+    #[error("not a {0} file (wrong magic)")]
+    Magic(&'static str),
+    #[error("the checksum of the {0} does not agree")]
+    Checksum(&'static str),
+    #[error("the {0} is cut short")]
+    Truncated(&'static str),
+    #[error("{field} has the impossible value {value}")]
+    Field { field: &'static str, value: u64 },
+    #[error("a record in the middle of the log is damaged (sequence {sequence})")]
+    LogGap { sequence: u64 },
+    #[error("not a valid record: {0}")]
+    Record(String),
+}
+
+impl Error {
+    /// An operating system error with its place; a full disk gets its own variant.
+    pub fn io(op: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Error {
+        let path = path.into();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::NoSpace { path },
+            _ => Error::Io { op, path, source: Arc::new(source) },
+        }
+    }
+
+    /// Whether the cause is that a file or directory is not there.
+    pub fn is_not_found(&self) -> bool {
+        match self {
+            Error::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Error::NotFound { .. } => true,
+            _ => false,
+        }
+    }
+}

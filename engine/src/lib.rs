@@ -1,0 +1,8 @@
+//! Bedplate's engine: storage, image formats, the copy-on-write core and its executors.
+//!
+//! Nothing here knows HTTP, tokio, clap or FUSE. Start with `docs/design.md` (why it is right) and `docs/format.md`
+//! (the bytes on disk); then [`device`], the boundary to front ends.
+
+pub mod device;
+pub mod error;
+pub mod units;
