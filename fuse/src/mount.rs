@@ -28,7 +28,7 @@ use nix::{
 };
 
 use crate::{
-    classic::{Classic, Served},
+    classic::Classic,
     connection,
     error::{MountError, Result},
     handles::{Handles, IoPath},
@@ -36,13 +36,14 @@ use crate::{
     mountinfo::MountEntry,
     namespace::{FileId, Namespace},
     options::{MountOptions, THREADS_MAX},
+    served::Served,
     tree::{Owner, Tree},
 };
 
 /// How long INIT may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long the serving threads may take to end once the connection is cut. Longer only if a device does not answer.
-const CUT_OFF_MAX: Duration = Duration::from_secs(5);
+const CUT_OFF_MAX: Duration = Duration::from_secs(2);
 /// How long a busy mount is asked again before it is detached: a scanner, or a process between fork and exec, is gone
 /// sooner than that.
 const BUSY_MAX: Duration = Duration::from_millis(300);

@@ -254,8 +254,12 @@ impl BlockDevice for MemoryDevice {
         let mut at = range.start.0;
         while at < end {
             let block = at / BLOCK_SIZE;
-            let next = ((block + 1) * BLOCK_SIZE).min(end);
-            let kind = if state.live.contains_key(&block) { ExtentKind::Data } else { ExtentKind::Zero };
+            let (kind, next) = match state.live.range(block..).next() {
+                Some((data, _)) if *data == block => (ExtentKind::Data, block + 1),
+                Some((data, _)) => (ExtentKind::Zero, *data),
+                None => (ExtentKind::Zero, end.div_ceil(BLOCK_SIZE)),
+            };
+            let next = (next * BLOCK_SIZE).min(end);
             match extents.last_mut() {
                 Some(last) if last.kind == kind => last.range.len.0 += next - at,
                 _ => extents.push(Extent { range: ByteRange::new(at, next - at), kind }),
