@@ -11,7 +11,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use bedplate_engine::{
@@ -138,11 +138,15 @@ impl MemoryDevice {
         gate.inside += 1;
         gate.most_inside = gate.most_inside.max(gate.inside);
         self.gate_changed.notify_all();
-        let deadline = Instant::now() + HOLD_MAX;
-        while gate.most_inside < gate.needed && Instant::now() < deadline {
-            let left = deadline.saturating_duration_since(Instant::now());
-            gate = self.gate_changed.wait_timeout(gate, left).unwrap_or_else(PoisonError::into_inner).0;
+        let waited =
+            self.gate_changed.wait_timeout_while(gate, HOLD_MAX, |gate| gate.most_inside < gate.needed);
+        let (mut gate, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            // They do not come; nobody else is to wait for them.
+            gate.needed = 0;
+            self.gate_changed.notify_all();
         }
+        drop(gate);
         Inside(self)
     }
 }
