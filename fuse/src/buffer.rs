@@ -1,7 +1,7 @@
 //! One buffer per serving thread, which reads are made into and answered from.
 //!
 //! Owns its alignment ([`BUFFER_ALIGN`], so that a device may read into it with direct I/O) and its bound
-//! ([`REQUEST_BYTES_MAX`]). It is allocated at a thread's first read and kept: nothing is allocated, cleared or copied
+//! ([`REQUEST_BYTES_MAX`]). It is allocated when a thread first needs it and kept: nothing is allocated, cleared or copied
 //! per request. Writes need none: their bytes stay where the transport received them, 80 bytes into its own buffer, so
 //! a device that wants aligned memory makes its one copy itself.
 
@@ -10,10 +10,11 @@ use std::cell::RefCell;
 /// Longest read or write that the kernel is told to send.
 pub(crate) const REQUEST_BYTES_MAX: u32 = 1 << 20;
 
-/// What direct I/O needs on every medium in use.
-const BUFFER_ALIGN: usize = 4096;
+/// What direct I/O needs on every medium in use; a page.
+pub(crate) const BUFFER_ALIGN: usize = 4096;
 
-const BUFFER_LEN: usize = 1 << 20;
+/// Room for the longest request.
+pub(crate) const BUFFER_LEN: usize = 1 << 20;
 const _: () = assert!(BUFFER_LEN as u64 == REQUEST_BYTES_MAX as u64, "a buffer holds the longest request");
 
 thread_local! {

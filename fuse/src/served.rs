@@ -28,6 +28,7 @@ use crate::{
     namespace::{FileEntry, FileId, Kind, Namespace},
     options::MountOptions,
     tree::{self, Full, Node, Owner, Tree},
+    warm::Warming,
 };
 
 /// The files of one mount.
@@ -41,6 +42,8 @@ pub(crate) struct Served {
     pub(crate) started: SystemTime,
     /// Whether the kernel offers passthrough; INIT says.
     pub(crate) passthrough: AtomicBool,
+    /// Over once the mount has started.
+    pub(crate) warming: Warming,
 }
 
 type Answer<T> = Result<T, Errno>;
@@ -66,7 +69,11 @@ impl Served {
     pub(crate) fn lookup(&self, parent: INodeNo, name: &OsStr) -> Answer<(FileAttr, Generation)> {
         self.answer("lookup", || match self.node(parent)? {
             Node::Root => {
-                let kind = Kind::ALL.into_iter().find(|kind| name == kind.directory()).ok_or(NOT_FOUND)?;
+                let kind = Kind::ALL.into_iter().find(|kind| name == kind.directory());
+                let kind = kind.ok_or_else(|| {
+                    self.warming.attend(name);
+                    NOT_FOUND
+                })?;
                 Ok((tree::directory_attr(kind, self.owner, self.started), Generation(0)))
             }
             Node::Directory(kind) => {

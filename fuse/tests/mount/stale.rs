@@ -115,6 +115,17 @@ fn a_process_that_is_stopped_but_lives_is_refused_without_touching_its_mount() {
 }
 
 #[test]
+fn a_mount_has_the_memory_of_its_requests_before_the_first_one() {
+    let parent = tempfile::tempdir().unwrap();
+    let victim = Victim::start(&parent.path().join("mnt"));
+    let status = fs::read_to_string(format!("/proc/{}/status", victim.0.id())).unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let kib: usize = resident.trim().trim_end_matches(" kB").parse().unwrap();
+    // Each thread receives a request into one buffer and reads into another.
+    assert!(kib >= MountOptions::default().threads.get() * 2 * 1024, "{kib} KiB");
+}
+
+#[test]
 fn the_example_ends_with_its_input_and_leaves_no_mount() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("mnt");
