@@ -3,7 +3,10 @@
 //! Owns [`Buffers`]: the client's bytes, the two edge blocks and the copy buffer. Every executor carries data actions
 //! out through it, so the way bytes are put together is the same under test and in use.
 
-use super::{buffer::AlignedBuffer, view::View};
+use super::{
+    buffer::{AlignedBuffer, is_zero},
+    view::View,
+};
 use crate::{
     cow::{
         core::{Edge, Output, Payload},
@@ -119,7 +122,7 @@ fn nonzero_blocks(buffer: &[u8], start: ByteOffset, range: ByteRange, runs: &mut
     let touched = range.blocks_touched();
     for number in touched.start.0..touched.end().0 {
         let at = to_usize(number * BLOCK_SIZE - start.0);
-        if buffer[at..at + BLOCK_BYTES].iter().all(|byte| *byte == 0) {
+        if is_zero(&buffer[at..at + BLOCK_BYTES]) {
             continue;
         }
         match runs.last_mut() {

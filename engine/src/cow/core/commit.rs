@@ -14,8 +14,7 @@ use crate::{
         BlockState,
         changes::Changes,
         map::{
-            MAP_LOG_MAX,
-            checkpoint::{self, Header},
+            checkpoint::{self, Header, LogLen},
             log::{self, LogEnd},
         },
     },
@@ -97,13 +96,9 @@ impl Core {
         if checkpoint {
             self.checkpoint_wanted = false;
             let sequence = self.log.sequence + u64::from(!cut.is_empty());
-            let (bytes, header) = checkpoint::encode(
-                self.layer,
-                self.log.generation + 1,
-                sequence,
-                &self.index.head,
-                MAP_LOG_MAX,
-            );
+            let generation = self.log.generation + 1;
+            let (bytes, header) =
+                checkpoint::encode(self.layer, generation, sequence, &self.index.head, LogLen::Live);
             self.checkpoint = Checkpoint::Cut { bytes, header };
         }
         let sync_data = std::mem::take(&mut self.data_dirty);
@@ -170,8 +165,9 @@ impl Core {
         self.log = end;
         match std::mem::replace(&mut self.checkpoint, Checkpoint::Idle) {
             Checkpoint::Cut { bytes, header } => {
+                let log_len = header.log_len;
                 self.checkpoint = Checkpoint::Staging { header, tail: Vec::new() };
-                self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len: MAP_LOG_MAX });
+                self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len });
             }
             mut other => {
                 if let Checkpoint::Staging { tail, .. } | Checkpoint::Staged { tail, .. } = &mut other
@@ -227,6 +223,8 @@ impl Core {
                 self.log = end;
                 self.log_offset = header.log_offset;
                 self.map_dirty = false;
+                // What wanted one while this was under way looks again.
+                self.checkpoint_wanted = false;
             }
             // Nobody knows which of the two files the next opening finds, so no further commit may be answered.
             (Err(error), _) => self.fail(step, &error),
