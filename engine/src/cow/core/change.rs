@@ -101,6 +101,18 @@ const fn align_out(range: ByteRange, align: u64) -> ByteRange {
     ByteRange::new(start, end - start)
 }
 
+/// The parts of `range` between the runs of `taken`, which are in order.
+fn without(range: BlockRange, taken: &[BlockRange]) -> impl Iterator<Item = BlockRange> {
+    let ends = taken.iter().copied().chain([BlockRange { start: range.end(), count: BlockCount(0) }]);
+    let mut at = range.start;
+    ends.filter_map(move |taken| {
+        let start = at;
+        let end = taken.start.min(range.end());
+        at = at.max(taken.end());
+        (start < end).then(|| BlockRange { start, count: end.since(start) })
+    })
+}
+
 const fn block_range(block: Block) -> BlockRange {
     BlockRange { start: block, count: BlockCount(1) }
 }
@@ -292,9 +304,7 @@ impl Core {
                 change.lands.extend(lands.map(|blocks| (blocks, BlockState::Data)));
             }
             (Ok(Output::Nonzero(runs)), Pending::CopyRead) => {
-                for run in runs {
-                    self.write(id, run.bytes(), Payload::Copy, Some(run), step);
-                }
+                self.copy_read(id, &runs, step);
             }
             (Ok(Output::Done), Pending::CopyRead) => {
                 debug_assert!(false, "a copy's read says what is not zeros")
@@ -305,6 +315,25 @@ impl Core {
             }
         }
         self.settle(id, step);
+    }
+
+    /// Write what is not zeros. What is zeros hides what lies below a merged layer, so it has to be said; below the
+    /// image there is nothing to hide.
+    fn copy_read(&mut self, id: OpId, nonzero: &[BlockRange], step: &mut Step) {
+        let index = self.index.clone();
+        let Some(OpState::Change(change)) = self.ops.get_mut(&id) else { return };
+        if let Op::CopyUp { blocks, from: CopySource::Layer(wanted) } = change.op {
+            let absent = index.head.runs(blocks).filter(|(_, state)| *state == BlockState::Absent);
+            for (run, value) in absent.flat_map(|(run, _)| change.index.frozen.runs(run)) {
+                if value == Value::Data(wanted) {
+                    let zeros = without(run, nonzero).map(|run| (run, BlockState::Zero));
+                    change.lands.extend(zeros);
+                }
+            }
+        }
+        for run in nonzero {
+            self.write(id, run.bytes(), Payload::Copy, Some(*run), step);
+        }
     }
 
     /// When nothing is outstanding: make what succeeded visible, give space back, end.

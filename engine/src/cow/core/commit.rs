@@ -14,7 +14,6 @@ use crate::{
         BlockState,
         changes::Changes,
         map::{
-            MAP_LOG_MAX,
             checkpoint::{self, Header},
             log::{self, LogEnd},
         },
@@ -31,6 +30,9 @@ pub(super) enum Commit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Data,
+    /// Records that an earlier process appended may not be on disk; none may follow them before they are, or a crash
+    /// could keep the later one alone, which reads as damage.
+    Inherited,
     Append,
     Map,
 }
@@ -83,9 +85,6 @@ impl Core {
         if !free {
             return false;
         }
-        if self.log.used * 2 > self.log.sectors {
-            self.checkpoint_wanted = true;
-        }
         let checkpoint =
             self.checkpoint_wanted && self.checkpoint.is_idle() && self.admission == Admission::Open;
         let pressed = log::sectors_of(self.landed.len()) * 4 > self.log.sectors;
@@ -102,12 +101,12 @@ impl Core {
                 self.log.generation + 1,
                 sequence,
                 &self.index.head,
-                MAP_LOG_MAX,
+                self.log.len(),
             );
             self.checkpoint = Checkpoint::Cut { bytes, header };
         }
-        let sync_data = std::mem::take(&mut self.data_dirty);
-        debug_assert!(sync_data || !cut.any(BlockState::Data), "data landed without being written");
+        // A change of several parts may land after a commit that has synced those which were written by then.
+        let sync_data = std::mem::take(&mut self.data_dirty) || cut.any(BlockState::Data);
         let owner = waiters.first().copied();
         self.commit = Commit::Running { stage: Stage::Data, cut, waiters, end: self.log };
         if sync_data {
@@ -133,18 +132,23 @@ impl Core {
                 }
             }
             (Ok(_), Stage::Data) => self.data_synced(step),
-            (Ok(_), Stage::Append) => self.sync_map(step),
-            (Ok(_), Stage::Map) => {
+            (Ok(_), Stage::Inherited) => {
                 self.map_dirty = false;
-                self.end_commit(step);
+                self.append(step);
             }
+            (Ok(_), Stage::Append) => self.sync_map(Stage::Map, step),
+            (Ok(_), Stage::Map) => self.end_commit(step),
         }
     }
 
     fn data_synced(&mut self, step: &mut Step) {
+        if self.map_dirty { self.sync_map(Stage::Inherited, step) } else { self.append(step) }
+    }
+
+    fn append(&mut self, step: &mut Step) {
         let Commit::Running { stage, cut, waiters, end } = &mut self.commit else { return };
         if cut.is_empty() {
-            return if self.map_dirty { self.sync_map(step) } else { self.end_commit(step) };
+            return self.end_commit(step);
         }
         let (bytes, next) = log::encode(&self.log, cut);
         let offset = self.log_offset + self.log.offset();
@@ -154,9 +158,9 @@ impl Core {
         self.act(step, owner, Pending::Commit, ActionKind::AppendLog { offset, bytes });
     }
 
-    fn sync_map(&mut self, step: &mut Step) {
+    fn sync_map(&mut self, now: Stage, step: &mut Step) {
         let Commit::Running { stage, waiters, .. } = &mut self.commit else { return };
-        *stage = Stage::Map;
+        *stage = now;
         let owner = waiters.first().copied();
         self.act(step, owner, Pending::Commit, ActionKind::SyncMap);
     }
@@ -168,10 +172,15 @@ impl Core {
             return;
         };
         self.log = end;
+        // Only a record that was added asks anew: a full disk is not asked again and again for the same room.
+        if !cut.is_empty() && self.log.used * 2 > self.log.sectors {
+            self.checkpoint_wanted = true;
+        }
         match std::mem::replace(&mut self.checkpoint, Checkpoint::Idle) {
             Checkpoint::Cut { bytes, header } => {
                 self.checkpoint = Checkpoint::Staging { header, tail: Vec::new() };
-                self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len: MAP_LOG_MAX });
+                let log_len = self.log.len();
+                self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len });
             }
             mut other => {
                 if let Checkpoint::Staging { tail, .. } | Checkpoint::Staged { tail, .. } = &mut other
