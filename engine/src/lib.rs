@@ -7,4 +7,6 @@ pub mod cow;
 pub mod device;
 pub mod error;
 pub mod exec;
+pub mod image;
 pub mod units;
+pub mod volume;

@@ -287,7 +287,7 @@ mod tests {
             let layer = HeadIndex::new(BlockCount(blocks));
             for k in 0..20u64 {
                 let at = (u64::from(n) * 37 + k * 97) % (blocks - 3);
-                let state = if (at + k) % 3 == 0 { BlockState::Zero } else { BlockState::Data };
+                let state = if (at + k).is_multiple_of(3) { BlockState::Zero } else { BlockState::Data };
                 layer.set(BlockRange::new(at, 3), state);
                 model[to_usize(at)..to_usize(at + 3)].fill(Value::of(state, Slot(n)));
             }

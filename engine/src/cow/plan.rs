@@ -78,7 +78,8 @@ impl Index {
         segments
     }
 
-    fn each(&self, range: ByteRange, mut found: impl FnMut(Segment) -> bool) {
+    /// Call `found` for each segment of `range` in order, until it says `false`. Neighbours may be in one place.
+    pub fn each(&self, range: ByteRange, mut found: impl FnMut(Segment) -> bool) {
         for (run, state) in self.head.runs(range.blocks_touched()) {
             let Some(part) = run.bytes().intersect(range) else { continue };
             let go_on = match state {

@@ -52,8 +52,10 @@ pub(super) enum Pending {
     Written {
         lands: Option<BlockRange>,
     },
-    /// Then what is not zeros is written.
-    CopyRead,
+    /// Then what is not zeros is written; `zeros` of these blocks hide what lies below the layer they come from.
+    CopyRead {
+        zeros: Vec<BlockRange>,
+    },
     Punched,
 }
 
@@ -92,7 +94,7 @@ impl Shape {
 }
 
 const fn is_aligned(range: ByteRange, align: u64) -> bool {
-    range.start.0 % align == 0 && range.len.0 % align == 0
+    range.start.0.is_multiple_of(align) && range.len.0.is_multiple_of(align)
 }
 
 const fn align_out(range: ByteRange, align: u64) -> ByteRange {
@@ -101,16 +103,20 @@ const fn align_out(range: ByteRange, align: u64) -> ByteRange {
     ByteRange::new(start, end - start)
 }
 
-/// The parts of `range` between the runs of `taken`, which are in order.
-fn without(range: BlockRange, taken: &[BlockRange]) -> impl Iterator<Item = BlockRange> {
-    let ends = taken.iter().copied().chain([BlockRange { start: range.end(), count: BlockCount(0) }]);
-    let mut at = range.start;
-    ends.filter_map(move |taken| {
-        let start = at;
-        let end = taken.start.min(range.end());
-        at = at.max(taken.end());
-        (start < end).then(|| BlockRange { start, count: end.since(start) })
-    })
+/// The parts of `blocks` that none of `runs`, which are in order, covers.
+fn without(blocks: BlockRange, runs: &[BlockRange]) -> Vec<BlockRange> {
+    let mut parts = Vec::new();
+    let mut at = blocks.start;
+    for run in runs.iter().filter(|run| run.overlaps(blocks)) {
+        if run.start > at {
+            parts.push(BlockRange { start: at, count: run.start.since(at) });
+        }
+        at = run.end().min(blocks.end());
+    }
+    if at < blocks.end() {
+        parts.push(BlockRange { start: at, count: blocks.end().since(at) });
+    }
+    parts
 }
 
 const fn block_range(block: Block) -> BlockRange {
@@ -210,11 +216,13 @@ impl Core {
         let index = self.index.clone();
         let mut segments: Vec<Segment> = Vec::new();
         let mut zero: Vec<BlockRange> = Vec::new();
+        let mut copied: Vec<BlockRange> = Vec::new();
         let absent = index.head.runs(blocks).filter(|(_, state)| *state == BlockState::Absent);
         for (run, value) in absent.flat_map(|(run, _)| index.frozen.runs(run)) {
             match (value, from) {
                 (Value::Data(slot), CopySource::Layer(wanted)) if slot == wanted => {
                     segments.push(Segment { range: run.bytes(), place: Place::Layer(slot) });
+                    copied.push(run);
                 }
                 (Value::Zero(slot), CopySource::Layer(wanted)) if slot == wanted => zero.push(run),
                 (Value::Absent, CopySource::Base) => {
@@ -231,7 +239,7 @@ impl Core {
         }
         if !segments.is_empty() {
             let kind = ActionKind::ReadCopy { start: blocks.start.offset(), segments };
-            self.act_for(id, Pending::CopyRead, kind, step);
+            self.act_for(id, Pending::CopyRead { zeros: copied }, kind, step);
         }
     }
 
@@ -303,37 +311,22 @@ impl Core {
             (Ok(_), Pending::Written { lands }) => {
                 change.lands.extend(lands.map(|blocks| (blocks, BlockState::Data)));
             }
-            (Ok(Output::Nonzero(runs)), Pending::CopyRead) => {
-                self.copy_read(id, &runs, step);
+            (Ok(Output::Nonzero(runs)), Pending::CopyRead { zeros }) => {
+                let zeros = zeros.into_iter().flat_map(|blocks| without(blocks, &runs));
+                change.lands.extend(zeros.map(|blocks| (blocks, BlockState::Zero)));
+                for run in runs {
+                    self.write(id, run.bytes(), Payload::Copy, Some(run), step);
+                }
             }
-            (Ok(Output::Done), Pending::CopyRead) => {
+            (Ok(Output::Done), Pending::CopyRead { .. }) => {
                 debug_assert!(false, "a copy's read says what is not zeros")
             }
             (Ok(_) | Err(_), Pending::Punched) => {}
-            (Err(error), Pending::EdgeRead { .. } | Pending::Written { .. } | Pending::CopyRead) => {
+            (Err(error), Pending::EdgeRead { .. } | Pending::Written { .. } | Pending::CopyRead { .. }) => {
                 change.error.get_or_insert(error);
             }
         }
         self.settle(id, step);
-    }
-
-    /// Write what is not zeros. What is zeros hides what lies below a merged layer, so it has to be said; below the
-    /// image there is nothing to hide.
-    fn copy_read(&mut self, id: OpId, nonzero: &[BlockRange], step: &mut Step) {
-        let index = self.index.clone();
-        let Some(OpState::Change(change)) = self.ops.get_mut(&id) else { return };
-        if let Op::CopyUp { blocks, from: CopySource::Layer(wanted) } = change.op {
-            let absent = index.head.runs(blocks).filter(|(_, state)| *state == BlockState::Absent);
-            for (run, value) in absent.flat_map(|(run, _)| change.index.frozen.runs(run)) {
-                if value == Value::Data(wanted) {
-                    let zeros = without(run, nonzero).map(|run| (run, BlockState::Zero));
-                    change.lands.extend(zeros);
-                }
-            }
-        }
-        for run in nonzero {
-            self.write(id, run.bytes(), Payload::Copy, Some(*run), step);
-        }
     }
 
     /// When nothing is outstanding: make what succeeded visible, give space back, end.

@@ -6,9 +6,9 @@
 //! follow the published [`Index`] on any thread.
 //!
 //! Upheld here (design.md, section 4):
-//! - 1: a flush is answered by a commit whose cut was taken after the flush arrived ([`commit`]);
+//! - 1: a flush is answered by a commit whose cut was taken after the flush arrived (`commit.rs`);
 //! - 2: a partial write of a block that is *data* writes only the sectors it touches; any other partial write writes the
-//!   whole block before the map names it ([`change`]);
+//!   whole block before the map names it (`change.rs`);
 //! - 3: a commit's record holds exactly the changes that had landed when its data sync was asked for;
 //! - 7: after a failed sync every change and flush fails ([`Core::failed`]);
 //! - 8: a change is admitted only while the log has room for the record of everything that is under way.
@@ -274,6 +274,11 @@ impl Core {
         &self.index
     }
 
+    /// Where the head's log ends now.
+    pub fn log_end(&self) -> LogEnd {
+        self.log
+    }
+
     /// Why the layer takes no more writes, if so.
     pub fn failed(&self) -> Option<&Arc<str>> {
         self.failed.as_ref()
@@ -361,9 +366,16 @@ impl Core {
 
     /// Follow another frozen index that reads the same (a merge or flatten has moved blocks), or begin a new epoch of
     /// this one. Operations under way keep the old one until they end.
-    pub fn republish(&mut self, index: Index) {
+    pub fn republish(&mut self, index: &Arc<Index>) {
         debug_assert!(Arc::ptr_eq(&index.head, &self.index.head));
-        self.index = Arc::new(index);
+        self.index = index.clone();
+    }
+
+    /// During a barrier: nobody knows whether its switch happened, so take no more writes. [`Core::resume`] then
+    /// answers what waits.
+    pub fn poison(&mut self, reason: Arc<str>) {
+        debug_assert_eq!(self.admission, Admission::Closed);
+        self.failed = Some(reason);
     }
 
     fn fresh_id(&mut self) -> u64 {

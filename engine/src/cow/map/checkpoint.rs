@@ -127,13 +127,13 @@ impl Header {
             return field("leaf count", self.leaf_count.into());
         }
         let bodies = 2 * LEAF_BITMAP_BYTES as u64 * u64::from(self.leaf_count);
-        if self.log_offset % LOG_ALIGN != 0
+        if !self.log_offset.is_multiple_of(LOG_ALIGN)
             || self.log_offset < self.bitmaps_at()
             || self.log_offset > self.bitmaps_at() + bodies + LOG_ALIGN
         {
             return field("log offset", self.log_offset);
         }
-        if self.log_len == 0 || self.log_len % 512 != 0 || self.log_len > MAP_LOG_MAX {
+        if self.log_len == 0 || !self.log_len.is_multiple_of(512) || self.log_len > MAP_LOG_MAX {
             return field("log length", self.log_len);
         }
         if self.log_offset + self.log_len > file_len {

@@ -230,7 +230,7 @@ impl StorageFile for DiskFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let Io::Direct { align } = self.mode else { return self.read_exact(buffer, offset) };
         let len = buffer.len() as u64;
-        if offset % align == 0 && len % align == 0 && is_aligned(buffer, to_usize(align)) {
+        if offset.is_multiple_of(align) && len.is_multiple_of(align) && is_aligned(buffer, to_usize(align)) {
             return self.read_exact(buffer, offset);
         }
         with_scratch(|scratch| {

@@ -1,6 +1,6 @@
 //! The operating system as the engine sees it: one directory tree with files, names and syncs.
 //!
-//! Owns [`Storage`] and [`StorageFile`], the boundary between actions and the system. [`file`] is a real disk; the
+//! Owns [`Storage`] and [`StorageFile`], the boundary between actions and the system. [`mod@file`] is a real disk; the
 //! simulated one keeps what is not synced apart, so that a crash can drop it. What is assumed of a medium is in
 //! `docs/design.md`, "Assumptions": 512-byte sectors are written whole, a data sync covers data, size and extents, a
 //! new name needs a sync of its directory, a sync that failed cannot be repeated.
@@ -13,6 +13,7 @@ use std::{fmt, path::Path, sync::Arc};
 use crate::{error::Result, units::ByteRange};
 
 /// An open file.
+#[expect(clippy::len_without_is_empty, reason = "nobody asks whether a file is empty")]
 pub trait StorageFile: Send + Sync + fmt::Debug {
     /// For messages.
     fn path(&self) -> &Path;
