@@ -5,10 +5,10 @@
 
 use std::borrow::Cow;
 
-use super::{buffer::AlignedBuffer, view::View};
+use super::{buffer::AlignedBuffer, head::HeadFiles, view::View};
 use crate::{
     cow::{
-        core::{Edge, Output, Payload},
+        core::{ActionKind, Edge, Output, Payload},
         plan::Segment,
     },
     error::Result,
@@ -36,14 +36,30 @@ impl<'a> Buffers<'a> {
         edge_of(&mut self.edges, edge)
     }
 
-    /// Carry out a `ReadEdge`.
-    pub fn read_edge(
-        &mut self,
-        edge: Edge,
-        block: Block,
-        segments: &[Segment],
-        view: &View,
-    ) -> Result<Output> {
+    /// Carry out one action of this operation on the files that were live when it was planned.
+    pub fn carry_out(&mut self, kind: &ActionKind, head: &HeadFiles, view: &View) -> Result<Output> {
+        let done = |()| Output::Done;
+        match kind {
+            ActionKind::ReadEdge { edge, block, segments } => self.read_edge(*edge, *block, segments, view),
+            ActionKind::ReadCopy { start, segments } => self.read_copy(*start, segments, view),
+            ActionKind::Write { range, payload } => {
+                head.data.write_at(self.payload(*range, *payload), range.start.0).map(done)
+            }
+            ActionKind::Punch { blocks } => head.data.punch(blocks.bytes()).map(done),
+            ActionKind::SyncData => head.data.sync().map(done),
+            ActionKind::AppendLog { offset, bytes } => head.map().write_at(bytes, *offset).map(done),
+            ActionKind::SyncMap => head.map().sync().map(done),
+            ActionKind::StageMap { bytes, log_len } => head.stage_map(bytes, *log_len).map(done),
+            ActionKind::SwitchMap { offset, log } => head.switch_map(*offset, log).map(done),
+            ActionKind::MarkFailed { reason } => {
+                tracing::error!(layer = %head.dir, %reason, "the layer takes no more writes");
+                head.mark_failed(reason);
+                Ok(Output::Done)
+            }
+        }
+    }
+
+    fn read_edge(&mut self, edge: Edge, block: Block, segments: &[Segment], view: &View) -> Result<Output> {
         let buffer = self.edge(edge);
         buffer.fill(0);
         for segment in segments {
@@ -53,8 +69,7 @@ impl<'a> Buffers<'a> {
         Ok(Output::Done)
     }
 
-    /// Carry out a `ReadCopy`.
-    pub fn read_copy(&mut self, start: ByteOffset, segments: &[Segment], view: &View) -> Result<Output> {
+    fn read_copy(&mut self, start: ByteOffset, segments: &[Segment], view: &View) -> Result<Output> {
         let end = segments.iter().map(|segment| segment.range.end().0).max().unwrap_or(start.0);
         let mut buffer = AlignedBuffer::new(to_usize((end - start.0).next_multiple_of(BLOCK_SIZE)));
         let mut runs = Vec::new();
@@ -67,8 +82,8 @@ impl<'a> Buffers<'a> {
         Ok(Output::Nonzero(runs))
     }
 
-    /// The bytes of a `Write` at `range`.
-    pub fn payload(&mut self, range: ByteRange, payload: Payload) -> &[u8] {
+    /// The bytes of a write at `range`.
+    fn payload(&mut self, range: ByteRange, payload: Payload) -> &[u8] {
         let len = range.len.as_usize();
         match payload {
             Payload::Client => self.client(range),

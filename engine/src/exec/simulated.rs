@@ -15,7 +15,7 @@ use std::{
 use super::{head::HeadFiles, request::Buffers, view::View};
 use crate::{
     cow::{
-        core::{Action, ActionId, ActionKind, Core, HeadState, Op, OpId, Output, Step},
+        core::{Action, ActionId, Core, HeadState, Op, OpId, Output, Step},
         plan::{Index, Segment},
     },
     error::Result,
@@ -240,27 +240,7 @@ impl Simulated {
             Some((_, buffers)) => buffers,
             None => &mut housekeeping,
         };
-        let head = &self.head;
-        let done = |()| Output::Done;
-        match &action.kind {
-            ActionKind::ReadEdge { edge, block, segments } => {
-                buffers.read_edge(*edge, *block, segments, view)
-            }
-            ActionKind::ReadCopy { start, segments } => buffers.read_copy(*start, segments, view),
-            ActionKind::Write { range, payload } => {
-                head.data.write_at(buffers.payload(*range, *payload), range.start.0).map(done)
-            }
-            ActionKind::Punch { blocks } => head.data.punch(blocks.bytes()).map(done),
-            ActionKind::SyncData => head.data.sync().map(done),
-            ActionKind::AppendLog { offset, bytes } => head.map().write_at(bytes, *offset).map(done),
-            ActionKind::SyncMap => head.map().sync().map(done),
-            ActionKind::StageMap { bytes, log_len } => head.stage_map(bytes, *log_len).map(done),
-            ActionKind::SwitchMap { offset, log } => head.switch_map(*offset, log).map(done),
-            ActionKind::MarkFailed { reason } => {
-                head.mark_failed(reason);
-                Ok(Output::Done)
-            }
-        }
+        buffers.carry_out(&action.kind, &self.head, view)
     }
 
     fn read_part(&mut self, n: usize) {

@@ -33,7 +33,6 @@ enum Outcome {
 
 #[derive(Clone, Debug)]
 struct Change {
-    content: Content,
     submitted: Moment,
     outcome: Outcome,
     durable: bool,
@@ -70,7 +69,8 @@ pub fn cell_bytes(value: u64) -> [u8; 64] {
 }
 
 fn cells_of(range: ByteRange) -> std::ops::Range<usize> {
-    assert!(range.start.0 % CELL == 0 && range.len.0 % CELL == 0, "requests of these tests lie at cells");
+    let aligned = range.start.0.is_multiple_of(CELL) && range.len.0.is_multiple_of(CELL);
+    assert!(aligned, "requests of these tests lie at cells");
     index(range.start.0 / CELL)..index(range.end().0 / CELL)
 }
 
@@ -81,12 +81,7 @@ fn index(n: u64) -> usize {
 impl Cells {
     /// A volume that durably holds `values`.
     pub fn new(values: impl Iterator<Item = u64>, salt: u64) -> Cells {
-        let first = Change {
-            content: Content::Stamped,
-            submitted: 0,
-            outcome: Outcome::Acknowledged(0),
-            durable: true,
-        };
+        let first = Change { submitted: 0, outcome: Outcome::Acknowledged(0), durable: true };
         let cells = values.map(|value| vec![Entry { value, change: 0 }]).collect();
         Cells { cells, changes: vec![first], clock: 1, salt }
     }
@@ -101,11 +96,6 @@ impl Cells {
         self.cells.len() as u64 * CELL
     }
 
-    /// The volume has grown; what is new reads as zeros.
-    pub fn grow(&mut self, size: u64) {
-        self.cells.resize(index(size / CELL), vec![Entry { value: 0, change: 0 }]);
-    }
-
     fn stamp(&self, change: usize, cell: usize) -> u64 {
         self.salt << 48 | (change as u64) << 24 | cell as u64
     }
@@ -114,7 +104,7 @@ impl Cells {
     pub fn begin(&mut self, range: ByteRange, content: Content) -> (ChangeId, Vec<u8>) {
         let submitted = self.now();
         let id = self.changes.len();
-        self.changes.push(Change { content, submitted, outcome: Outcome::UnderWay, durable: false });
+        self.changes.push(Change { submitted, outcome: Outcome::UnderWay, durable: false });
         let mut bytes = Vec::with_capacity(range.len.as_usize());
         for cell in cells_of(range) {
             let value = match content {
@@ -211,12 +201,6 @@ impl Cells {
         self.check(range, bytes, "read", |cell| self.readable(cell, since)).map(drop)
     }
 
-    /// Check a read of a volume that takes no more writes: a failed sync may have dropped what was not durable.
-    pub fn check_after_failure(&self, range: ByteRange, bytes: &[u8], since: Moment) -> Result<(), String> {
-        let allowed = |cell| [self.readable(cell, since), self.survivable(cell)].concat();
-        self.check(range, bytes, "read after a failure", allowed).map(drop)
-    }
-
     /// Check what the whole volume holds after a crash, and go on from there: what was found is durable.
     pub fn crashed(&mut self, bytes: &[u8]) -> Result<(), String> {
         let all = ByteRange::new(0, self.size());
@@ -224,7 +208,7 @@ impl Cells {
         // Stamps are never used twice, so old changes stay known.
         let outcome = Outcome::Acknowledged(self.now());
         let id = self.changes.len();
-        self.changes.push(Change { content: Content::Stamped, submitted: self.clock, outcome, durable: true });
+        self.changes.push(Change { submitted: self.clock, outcome, durable: true });
         for (cell, value) in self.cells.iter_mut().zip(values) {
             *cell = vec![Entry { value, change: id }];
         }
@@ -241,7 +225,7 @@ impl Cells {
         let submitted = self.now();
         let outcome = Outcome::Acknowledged(self.now());
         let id = self.changes.len();
-        self.changes.push(Change { content: Content::Stamped, submitted, outcome, durable: false });
+        self.changes.push(Change { submitted, outcome, durable: false });
         for (cell, value) in self.cells.iter_mut().zip(values) {
             cell.push(Entry { value, change: id });
         }
@@ -287,7 +271,9 @@ mod tests {
         let (id, bytes) = cells.begin(range, Content::Stamped);
         let old = cell_bytes(image_value(1));
         let during = cells.now();
-        assert!(cells.check_read(range, &old, during).is_ok() && cells.check_read(range, &bytes, during).is_ok());
+        assert!(
+            cells.check_read(range, &old, during).is_ok() && cells.check_read(range, &bytes, during).is_ok()
+        );
         cells.acknowledged(id);
         let after = cells.now();
         assert!(cells.check_read(range, &old, during).is_ok(), "that read began before the answer");

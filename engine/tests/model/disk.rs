@@ -26,7 +26,7 @@ use bedplate_engine::{
         view::{LayerFiles, View},
     },
     image::BaseImage,
-    units::{BlockCount, BlockRange, ByteLen, ByteOffset, ByteRange},
+    units::{ByteLen, ByteOffset, ByteRange},
 };
 use uuid::Uuid;
 
@@ -226,9 +226,4 @@ pub fn content(view: &View) -> Result<Vec<u8>> {
     let mut bytes = vec![0; view.size().as_usize()];
     view.read_at(&mut bytes, 0)?;
     Ok(bytes)
-}
-
-/// Every block of a volume.
-pub fn all_blocks(size: u64) -> BlockRange {
-    BlockRange { start: bedplate_engine::units::Block(0), count: BlockCount(size.div_ceil(4096)) }
 }

@@ -81,11 +81,22 @@ enum Switch {
 enum Life {
     None,
     /// Blocks from `next` on are still to be copied.
-    Copying { switch: Switch, next: u64, under_way: bool },
+    Copying {
+        switch: Switch,
+        next: u64,
+        under_way: bool,
+    },
     /// A flush makes copied blocks durable.
-    Flushing { switch: Switch, tag: Tag },
-    Closing { switch: Switch },
-    Closed { switch: Switch },
+    Flushing {
+        switch: Switch,
+        tag: Tag,
+    },
+    Closing {
+        switch: Switch,
+    },
+    Closed {
+        switch: Switch,
+    },
 }
 
 struct Volume {
@@ -362,7 +373,9 @@ impl World {
     fn is_private(&self, n: usize, layer: u32) -> bool {
         let others = self.volumes.iter().enumerate().filter(|(other, _)| *other != n);
         let volumes = others.map(|(_, volume)| &volume.stack);
-        !volumes.chain(self.snapshots.iter().map(|(stack, _)| stack)).any(|stack| stack.frozen.contains(&layer))
+        !volumes
+            .chain(self.snapshots.iter().map(|(stack, _)| stack))
+            .any(|stack| stack.frozen.contains(&layer))
     }
 
     fn begin_life(&mut self, n: usize) -> Result<(), String> {
@@ -520,7 +533,10 @@ impl World {
         let second_opened = match (&opened, switch) {
             (Ok(_), Switch::Clone) => {
                 let stack = Stack { head: second, ..stack.clone() };
-                Some(disk::open_over(&self.storage, &stack, index, layers, Synced::Yes).map(|sim| (stack, sim)))
+                Some(
+                    disk::open_over(&self.storage, &stack, index, layers, Synced::Yes)
+                        .map(|sim| (stack, sim)),
+                )
             }
             _ => None,
         };
@@ -593,7 +609,8 @@ impl World {
             let stack = self.volumes[n].stack.clone();
             for &layer in &stack.frozen {
                 if !self.files.contains_key(&layer) {
-                    let found = disk::open_layer(&*self.storage, layer).map_err(|e| format!("layer {layer}: {e}"))?;
+                    let found =
+                        disk::open_layer(&*self.storage, layer).map_err(|e| format!("layer {layer}: {e}"))?;
                     self.indexes.insert(layer, Arc::new(found.index));
                     self.files.insert(layer, found.data);
                 }
@@ -603,8 +620,7 @@ impl World {
                 .map_err(|error| format!("volume {n} does not open: {error}"))?;
             let bytes = disk::content(sim.view()).map_err(|e| e.to_string())?;
             let volume = &mut self.volumes[n];
-            let checked =
-                if killed { volume.model.killed(&bytes) } else { volume.model.crashed(&bytes) };
+            let checked = if killed { volume.model.killed(&bytes) } else { volume.model.crashed(&bytes) };
             checked.map_err(|error| format!("volume {n}: {error}"))?;
             volume.sim = sim;
             volume.flights.clear();

@@ -101,7 +101,7 @@ impl Core {
                 self.log.generation + 1,
                 sequence,
                 &self.index.head,
-                self.log.len(),
+                self.log.log_len(),
             );
             self.checkpoint = Checkpoint::Cut { bytes, header };
         }
@@ -179,7 +179,7 @@ impl Core {
         match std::mem::replace(&mut self.checkpoint, Checkpoint::Idle) {
             Checkpoint::Cut { bytes, header } => {
                 self.checkpoint = Checkpoint::Staging { header, tail: Vec::new() };
-                let log_len = self.log.len();
+                let log_len = self.log.log_len();
                 self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len });
             }
             mut other => {

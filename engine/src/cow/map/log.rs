@@ -60,7 +60,7 @@ impl LogEnd {
     }
 
     /// Bytes of the whole log.
-    pub fn len(&self) -> u64 {
+    pub fn log_len(&self) -> u64 {
         self.sectors * LOG_SECTOR_LEN as u64
     }
 

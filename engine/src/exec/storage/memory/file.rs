@@ -4,11 +4,7 @@
 //! as zeros. For every sector that changed since the last sync all values since then are kept, because a crash may
 //! leave any of them.
 
-use std::{
-    collections::BTreeMap,
-    io::ErrorKind,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, io::ErrorKind, sync::Arc};
 
 use super::Effect;
 use crate::units::{ByteRange, SECTOR_SIZE, to_usize};

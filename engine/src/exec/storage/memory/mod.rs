@@ -392,7 +392,9 @@ impl MemoryFile {
 
     fn check_alignment(&self, op: &'static str, offset: u64, len: usize) -> Result<()> {
         let align = self.write_align();
-        if self.cache == Cache::Direct && (offset % align != 0 || len as u64 % align != 0) {
+        if self.cache == Cache::Direct
+            && (!offset.is_multiple_of(align) || !(len as u64).is_multiple_of(align))
+        {
             return Err(self.error(op, io::ErrorKind::InvalidInput));
         }
         Ok(())
@@ -466,7 +468,11 @@ impl StorageFile for MemoryFile {
 
     fn allocated(&self) -> Result<u64> {
         let mut medium = self.shared.lock();
-        medium.names.file_mut(self.node).map(|file| file.used_bytes()).map_err(|kind| self.error("stat", kind))
+        medium
+            .names
+            .file_mut(self.node)
+            .map(|file| file.used_bytes())
+            .map_err(|kind| self.error("stat", kind))
     }
 
     fn data_ranges(&self, range: ByteRange) -> Result<Vec<ByteRange>> {

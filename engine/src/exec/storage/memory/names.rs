@@ -227,8 +227,8 @@ impl Names {
     pub(super) fn survivors(&self, choose: &mut impl FnMut(Effect, usize) -> usize) -> Names {
         let mut table = self.kept.clone();
         for unsynced in &self.unsynced {
-            let survives = unsynced.awaits.is_empty()
-                || choose(Effect::Name { number: unsynced.number }, 2) == 1;
+            let survives =
+                unsynced.awaits.is_empty() || choose(Effect::Name { number: unsynced.number }, 2) == 1;
             if survives {
                 unsynced.change.apply(&mut table);
             }
