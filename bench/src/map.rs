@@ -278,7 +278,7 @@ fn make_full(path: &Path) -> Result<()> {
         head.index.set(BlockRange::new(block, 1), BlockState::Data);
     }
     ensure!(head.index.leaf(bedplate_engine::units::to_usize(BLOCKS / LEAF_BLOCKS - 1)).is_some());
-    layer::stage_map(&storage, uuid, &head.log, &head.index, LogLen::Live)?;
+    layer::stage_map(&storage, uuid, &head.log, &head.index, LogLen::LIVE)?;
     publish_map(&storage, &layer::dir(uuid))?;
     Ok(())
 }

@@ -41,7 +41,7 @@ impl Disk {
         let copied = copy_all(&source, &head, &mut progress).and_then(|()| {
             head.data.sync()?;
             let (header, map) =
-                layer::stage_map(&*self.storage, head.uuid, &head.log, &head.index, LogLen::Live)?;
+                layer::stage_map(&*self.storage, head.uuid, &head.log, &head.index, LogLen::LIVE)?;
             crate::exec::head::publish_map(&*self.storage, &layer::dir(head.uuid))?;
             (head.log, head.log_offset, head.map) = (LogEnd::start(&header), header.log_offset, map);
             Ok(())

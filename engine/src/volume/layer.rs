@@ -54,7 +54,7 @@ pub fn create(storage: &dyn Storage, layer: Uuid, blocks: BlockCount) -> Result<
     let data = storage.open(&data_path(&dir), Open::CreateDirect)?;
     data.set_len(blocks.len().0)?;
     let index = HeadIndex::new(blocks);
-    let (bytes, header) = checkpoint::encode(layer, 1, 0, &index, LogLen::Live);
+    let (bytes, header) = checkpoint::encode(layer, 1, 0, &index, LogLen::LIVE);
     let map = write_map(storage, &dir, &bytes, header.log_len)?;
     publish_map(storage, &dir)?;
     storage.sync_dir(LAYERS)?;

@@ -189,7 +189,7 @@ impl Disk {
         files.data.set_len(size.blocks_ceil().len().0)?;
         // A map of more blocks than the volume has is sound, so the record can follow it.
         let end = executor.log_end();
-        let staged = layer::stage_map(&*self.storage, record.head, &end, &index, LogLen::Live)?;
+        let staged = layer::stage_map(&*self.storage, record.head, &end, &index, LogLen::LIVE)?;
         // From the rename on, the map on the disk may be another file than the one that is open.
         let published = publish_map(&*self.storage, &layer::dir(record.head)).map(|()| staged);
         let (header, map) = match published {

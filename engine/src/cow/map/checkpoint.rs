@@ -42,11 +42,16 @@ pub struct Header {
 /// How long a log a new map file gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogLen {
-    /// For a head: a quarter of the checkpoint within its limits, so that writing checkpoints never costs more than a
-    /// few times what the log does.
-    Live,
+    /// For a head: a quarter of the checkpoint, at least this and at most [`MAP_LOG_MAX`], so that writing checkpoints
+    /// never costs more than a few times what the log does.
+    Live { least: u64 },
     /// For a layer that takes no more writes: one sector.
     Sealed,
+}
+
+impl LogLen {
+    /// What a head's map file gets.
+    pub const LIVE: LogLen = LogLen::Live { least: MAP_LOG_MIN };
 }
 
 /// What a directory says of one leaf.
@@ -213,7 +218,7 @@ pub fn encode(
     let log_offset =
         (HEADER_LEN + directory.len() + bitmaps.len()).next_multiple_of(to_usize(LOG_ALIGN)) as u64;
     let log_len = match log_len {
-        LogLen::Live => (log_offset / 4).next_multiple_of(LOG_ALIGN).clamp(MAP_LOG_MIN, MAP_LOG_MAX),
+        LogLen::Live { least } => (log_offset / 4).next_multiple_of(LOG_ALIGN).clamp(least, MAP_LOG_MAX),
         LogLen::Sealed => LOG_SECTOR_LEN as u64,
     };
     let mut bytes = Vec::with_capacity(to_usize(log_offset));
@@ -253,6 +258,17 @@ pub trait Bitmaps {
 
     /// The next `count` bytes, at most two bitmaps.
     fn take(&mut self, count: usize) -> Result<&[u8], Self::Error>;
+}
+
+/// The file's bytes after the directory, in memory.
+impl Bitmaps for &[u8] {
+    type Error = Corruption;
+
+    fn take(&mut self, count: usize) -> Result<&[u8], Corruption> {
+        let (bytes, rest) = self.split_at_checked(count).ok_or(Corruption::Truncated("map bitmaps"))?;
+        *self = rest;
+        Ok(bytes)
+    }
 }
 
 /// The index that directory and bitmaps describe, and the blocks of leaves whose bitmaps are damaged. `bitmaps` are the

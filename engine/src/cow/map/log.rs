@@ -59,6 +59,11 @@ impl LogEnd {
         self.sectors - self.used
     }
 
+    /// Bytes of the whole log.
+    pub fn log_len(&self) -> u64 {
+        self.sectors * LOG_SECTOR_LEN as u64
+    }
+
     /// Bytes from the start of the log to its end.
     pub fn offset(&self) -> u64 {
         self.used * LOG_SECTOR_LEN as u64
