@@ -4,3 +4,4 @@
 //! behind the API. The binary is [`cli::main`].
 
 pub mod api;
+pub mod telemetry;

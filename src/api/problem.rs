@@ -236,24 +236,7 @@ pub struct Problem {
 
 impl From<Engine> for Refusal {
     fn from(error: Engine) -> Refusal {
-        let code = engine_code(&error);
-        let detail = match &error {
-            Engine::Exists { .. } => format!("{error}; choose another name"),
-            Engine::NoSpace { .. }
-            | Engine::Io { .. }
-            | Engine::Corrupt { .. }
-            | Engine::Unsupported { .. }
-            | Engine::OutOfRange { .. }
-            | Engine::Failed { .. }
-            | Engine::Lost { .. }
-            | Engine::ReadOnly { .. }
-            | Engine::NotFound { .. }
-            | Engine::InUse { .. }
-            | Engine::Invalid(_)
-            | Engine::Busy { .. }
-            | Engine::Closed => error.to_string(),
-        };
-        Refusal { code, detail }
+        Refusal::new(engine_code(&error), error.to_string())
     }
 }
 
