@@ -4,4 +4,5 @@
 //! behind the API. The binary is [`cli::main`].
 
 pub mod api;
+pub mod config;
 pub mod telemetry;
