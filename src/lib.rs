@@ -1,1 +1,6 @@
 //! The node.
+
+pub mod catalog;
+pub mod directory;
+pub mod images;
+pub mod prep;
