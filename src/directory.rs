@@ -2,7 +2,8 @@
 //!
 //! Everything that images write goes through here, so that a disk which is unmounted under us fails instead of filling
 //! its empty mount point. Names are single components and links are not followed. Owns the one way in which a small
-//! file is replaced: write new, fsync, rename, fsync the directory. Paths are kept for messages only.
+//! file is replaced: write new, fsync, rename, fsync the directory; and the one place where a file is asked for its
+//! holes. Paths are kept for messages only.
 
 use std::{
     fs::File,
@@ -21,7 +22,7 @@ use nix::{
         stat::{Mode, mkdirat},
         statvfs::fstatvfs,
     },
-    unistd::{UnlinkatFlags, unlinkat},
+    unistd::{UnlinkatFlags, Whence, lseek, unlinkat},
 };
 
 /// Most entries of one directory that are looked at.
@@ -186,6 +187,28 @@ impl Directory {
         let stat = fstatvfs(&self.fd).map_err(|e| failed("statvfs", &self.path, e))?;
         Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
     }
+}
+
+/// The next run with data at or after `at`: its start and end, both `size` when there is none.
+pub fn next_data(file: &File, at: u64, size: u64) -> nix::Result<(u64, u64)> {
+    let seek = |at: u64, whence| {
+        let at = i64::try_from(at).map_err(|_| Errno::EOVERFLOW)?;
+        lseek(file, at, whence).map(|at| u64::try_from(at).unwrap_or(size))
+    };
+    let start = match seek(at, Whence::SeekData) {
+        Ok(start) => start.min(size),
+        // Nothing but a hole up to the end.
+        Err(Errno::ENXIO) => return Ok((size, size)),
+        // Neither devices nor every file system know holes.
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok((at, size)),
+        Err(e) => return Err(e),
+    };
+    if start == size {
+        return Ok((size, size));
+    }
+    let end = seek(start, Whence::SeekHole)?.min(size);
+    // A file that shrinks under us must not make the caller go round for ever.
+    if end <= start { Err(Errno::EIO) } else { Ok((start, end)) }
 }
 
 fn failed(op: &'static str, path: &Path, errno: Errno) -> Error {

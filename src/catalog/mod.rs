@@ -4,6 +4,7 @@
 //! over a raw copy. It does not fetch, hash or serve. Upholds invariant 10: a record that cannot be read is refused by
 //! name, and then nothing on its disk is collected.
 
+pub mod device;
 pub mod name;
 pub mod record;
 pub mod store;

@@ -27,7 +27,8 @@ pub enum NameError {
 
 impl ImageName {
     pub fn parse(name: &str) -> Result<ImageName, NameError> {
-        if let Some(odd) = name.chars().find(|c| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_' | '-')) {
+        if let Some(odd) = name.chars().find(|c| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_' | '-'))
+        {
             return Err(NameError::Character(odd));
         }
         match name.len() {

@@ -229,9 +229,13 @@ impl RecordFile {
                     return Err(format!("impossible size_bytes {size_bytes}"));
                 }
                 if virtual_size != format.virtual_size_bytes(size_bytes) {
-                    return Err(format!("virtual_size_bytes {virtual_size} does not fit size_bytes {size_bytes}"));
+                    return Err(format!(
+                        "virtual_size_bytes {virtual_size} does not fit size_bytes {size_bytes}"
+                    ));
                 }
-                if sha512.len() != 128 || !sha512.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
+                if sha512.len() != 128
+                    || !sha512.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+                {
                     return Err("sha512 is not 128 lower-case hexadecimal digits".to_owned());
                 }
                 let (Some(mtime_ns), Some(inode)) = (self.mtime_ns, self.inode) else {

@@ -21,7 +21,8 @@ use crate::directory::{Directory, Open};
 
 /// Name of the directory of all images on a disk.
 const IMAGES: &str = "images";
-const IMAGE: &str = "image";
+/// The verified file.
+pub const IMAGE: &str = "image";
 const RECORD: &str = "image.json";
 /// What the record is called while its image is being removed.
 const DELETED: &str = "deleted.json";
@@ -71,7 +72,11 @@ pub struct ImageStore {
 pub enum Found {
     Image(ImageRecord, ImageDir),
     /// It has a record that this program cannot read: it is listed, and keeps its name.
-    Unreadable { directory: String, path: PathBuf, error: Error },
+    Unreadable {
+        directory: String,
+        path: PathBuf,
+        error: Error,
+    },
 }
 
 impl ImageStore {
@@ -105,7 +110,9 @@ impl ImageStore {
         for name in litter {
             // One that cannot be removed stops nobody: it is tried again at the next start.
             match self.collect(&name) {
-                Ok(()) => tracing::info!(disk = %self.disk.id, directory = name, "collected an image without a record"),
+                Ok(()) => {
+                    tracing::info!(disk = %self.disk.id, directory = name, "collected an image without a record")
+                }
                 Err(error) => tracing::warn!(disk = %self.disk.id, directory = name, %error, "not collected"),
             }
         }

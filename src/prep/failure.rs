@@ -45,7 +45,9 @@ impl Failure {
     /// Whether what has arrived is worth keeping for another try: not when it is known to be wrong or unwanted.
     pub fn keeps_partial(&self) -> bool {
         match self {
-            Failure::Checksum { .. } | Failure::Corrupt(_) | Failure::Unsupported(_) | Failure::Cancelled => false,
+            Failure::Checksum { .. } | Failure::Corrupt(_) | Failure::Unsupported(_) | Failure::Cancelled => {
+                false
+            }
             Failure::NoSpace { .. }
             | Failure::Source(_)
             | Failure::TimedOut(_)
