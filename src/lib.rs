@@ -4,5 +4,9 @@
 //! behind the API. The binary is [`cli::main`].
 
 pub mod api;
+pub mod catalog;
 pub mod config;
+pub mod directory;
+pub mod images;
+pub mod prep;
 pub mod telemetry;
