@@ -9,7 +9,7 @@
 use std::{
     fs::File,
     os::unix::fs::FileExt,
-    path::PathBuf,
+    path::Path,
     sync::{Arc, mpsc::SyncSender, mpsc::sync_channel},
     time::{Duration, Instant},
 };
@@ -72,21 +72,34 @@ pub struct Opening {
     pub validator: Validator,
 }
 
+/// Whether the parts of an arrival are known to belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Parts {
+    Proven,
+    /// A source went on without a validator, trusting that the checksum tells.
+    Unproven,
+}
+
+/// Everything has been written and hashed.
+struct Pass {
+    hasher: Hasher,
+    size_bytes: u64,
+    validator: Validator,
+    parts: Parts,
+}
+
 /// Run one arrival, going on where an earlier one was kept.
 pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
     let path = spec.dir.path().join(spec.names.data);
     let file = spec.dir.open_file(spec.names.data, Open::CreateWrite)?;
-    let (kept, hasher) = pick_up(spec, &file, &path)?;
-    let start = kept.as_ref().map_or(0, |kept| kept.position);
-    spec.meter.begin(Phase::Connecting, start, kept.as_ref().and_then(|kept| kept.total));
     let target = Target { file: &file, path: &path, dir: &spec.dir, names: spec.names };
-
-    let complete = kept.as_ref().is_some_and(|kept| kept.complete);
-    let (hasher, size_bytes, validator) = if complete {
-        (hasher, start, kept.map(|kept| kept.validator).unwrap_or_default())
-    } else {
-        run(spec, source, target, hasher, kept)?
-    };
+    let mut pass = run(spec, source, target)?;
+    if pass.parts == Parts::Unproven && pass.hasher.clone().finish().check(spec.expected.as_ref()).is_err() {
+        tracing::warn!(path = %path.display(), "the parts of an arrival do not fit; it is fetched once more as a whole");
+        Kept::forget(&spec.dir, spec.names)?;
+        pass = run(spec, source, target)?;
+    }
+    let Pass { hasher, size_bytes, validator, parts: _ } = pass;
     if size_bytes == 0 {
         return Err(Failure::Unsupported("the image is empty".to_owned()));
     }
@@ -105,7 +118,8 @@ pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
 }
 
 /// Cut the file to what is kept, and restore the hash of that.
-fn pick_up(spec: &Spec, file: &File, path: &PathBuf) -> Result<(Option<Kept>, Hasher)> {
+fn pick_up(spec: &Spec, target: Target<'_>) -> Result<(Option<Kept>, Hasher)> {
+    let Target { file, path, .. } = target;
     let len = file.metadata().map_err(|e| Storage::io("stat", path, e))?.len();
     let kept = Kept::load(&spec.dir, spec.names).filter(|kept| kept.position <= len);
     let position = kept.as_ref().map_or(0, |kept| kept.position);
@@ -123,7 +137,7 @@ fn pick_up(spec: &Spec, file: &File, path: &PathBuf) -> Result<(Option<Kept>, Ha
 }
 
 /// Read the kept prefix again, where its midstate is of no use.
-fn rehash(spec: &Spec, file: &File, path: &PathBuf, position: u64) -> Result<Hasher> {
+fn rehash(spec: &Spec, file: &File, path: &Path, position: u64) -> Result<Hasher> {
     spec.meter.begin(Phase::Hashing, 0, Some(position));
     let mut hasher = Hasher::new(spec.expected.as_ref());
     let mut buffer = vec![0; usize::try_from(PIECE_LEN.min(position)).unwrap_or(0)];
@@ -140,15 +154,14 @@ fn rehash(spec: &Spec, file: &File, path: &PathBuf, position: u64) -> Result<Has
     Ok(hasher)
 }
 
-/// The pass itself. Returns the hash of everything and its length.
-fn run(
-    spec: &Spec,
-    source: &mut dyn Source,
-    target: Target<'_>,
-    hasher: Hasher,
-    kept: Option<Kept>,
-) -> Result<(Hasher, u64, Validator)> {
+/// The pass itself.
+fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass> {
+    let (kept, hasher) = pick_up(spec, target)?;
     let start = kept.as_ref().map_or(0, |kept| kept.position);
+    spec.meter.begin(Phase::Connecting, start, kept.as_ref().and_then(|kept| kept.total));
+    if let Some(Kept { validator, complete: true, .. }) = kept {
+        return Ok(Pass { hasher, size_bytes: start, validator, parts: Parts::Proven });
+    }
     let (to_hash, hash_queue) = sync_channel(PIECES_QUEUED_MAX);
     let (to_write, write_queue) = sync_channel(PIECES_QUEUED_MAX);
     let (to_sync, sync_queue) = sync_channel(SYNCS_QUEUED_MAX);
@@ -161,7 +174,7 @@ fn run(
 
         let mut arrival = Arrival::new(spec, to_hash, to_write, kept);
         let outcome = source.transfer(&mut arrival).and_then(|()| arrival.finish());
-        let (position, validator) = (arrival.position(), arrival.validator.clone());
+        let (size_bytes, validator, parts) = (arrival.position(), arrival.validator.clone(), arrival.parts);
         if outcome.as_ref().err().is_some_and(Failure::keeps_partial) {
             // What came last is worth a sync; if that fails, less is kept and the first reason stays.
             drop(arrival.mark());
@@ -175,7 +188,7 @@ fn run(
         joined(syncing.join())?;
         outcome?;
         match hasher {
-            Ok(hasher) => Ok((hasher, position, validator)),
+            Ok(hasher) => Ok(Pass { hasher, size_bytes, validator, parts }),
             Err(_) => Err(Failure::Source("the hashing thread ended unexpectedly".to_owned())),
         }
     })
@@ -188,7 +201,7 @@ fn joined(result: std::thread::Result<Result<(), Storage>>) -> Result<()> {
     }
 }
 
-fn probe_file(file: &File, path: &PathBuf) -> Result<Content> {
+fn probe_file(file: &File, path: &Path) -> Result<Content> {
     let mut first = [0; PROBE_LEN];
     let len = file.read_at(&mut first, 0).map_err(|e| Storage::io("read", path, e))?;
     probe(first.get(..len).unwrap_or_default())
@@ -206,6 +219,7 @@ pub struct Arrival<'a> {
     buffer: Vec<u8>,
     total: Option<u64>,
     validator: Validator,
+    parts: Parts,
     marked: u64,
     marked_at: Instant,
     probed: bool,
@@ -230,6 +244,7 @@ impl<'a> Arrival<'a> {
             buffer: Vec::new(),
             total,
             validator,
+            parts: Parts::Proven,
             marked: sent,
             marked_at: Instant::now(),
             probed: sent > 0,
@@ -285,6 +300,12 @@ impl<'a> Arrival<'a> {
         Ok(())
     }
 
+    /// What comes now is joined to what has arrived without proof that both are of one file. Only right when a checksum
+    /// is expected; if that does not agree, everything is fetched once more.
+    pub fn join_unproven(&mut self) {
+        self.parts = Parts::Unproven;
+    }
+
     /// The next bytes.
     pub fn bytes(&mut self, mut bytes: &[u8]) -> Result<()> {
         self.check_room(bytes.len() as u64)?;
@@ -326,7 +347,7 @@ impl<'a> Arrival<'a> {
     pub fn restart(&mut self) -> Result<()> {
         self.buffer.clear();
         (self.sent, self.marked, self.probed) = (0, 0, false);
-        (self.total, self.validator) = (None, Validator::None);
+        (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
         self.spec.meter.begin(Phase::Connecting, 0, None);
         self.send(Piece::Restart)
     }
@@ -341,6 +362,11 @@ impl<'a> Arrival<'a> {
         self.marked = self.sent;
         let mark = Mark { position: self.sent, total: self.total, validator: self.validator.clone() };
         self.send(Piece::Mark(mark))
+    }
+
+    /// How long until what has arrived by now should be kept.
+    pub fn mark_due_in(&self) -> Duration {
+        self.spec.sync_interval.saturating_sub(self.marked_at.elapsed())
     }
 
     fn mark_when_due(&mut self) -> Result<()> {

@@ -148,3 +148,32 @@ pub(super) fn keep_synced(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    #[test]
+    fn a_sync_that_fails_leaves_the_record_of_the_last_good_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = Directory::open(dir.path()).unwrap();
+        let names = PartialNames { data: "partial.data", record: "partial.json" };
+        let good = tempfile::tempfile().unwrap();
+        // A character device refuses to be synced.
+        let bad = File::open("/dev/null").unwrap();
+        let keep = |file: &File, position| {
+            let (to_sync, tasks) = sync_channel(1);
+            let (to_keep, midstates) = sync_channel(1);
+            let mark = Mark { position, total: None, validator: Validator::None };
+            to_sync.send(SyncTask::Keep(mark)).unwrap();
+            to_keep.send(Hasher::new(None).midstate()).unwrap();
+            drop((to_sync, to_keep));
+            keep_synced(&tasks, &midstates, Target { file, path: dir.path(), dir: &held, names })
+        };
+        keep(&good, 4096).unwrap();
+        assert!(matches!(keep(&bad, 8192), Err(Error::Io { op: "sync", .. })));
+        assert_eq!(Kept::load(&held, names).unwrap().position, 4096);
+    }
+}

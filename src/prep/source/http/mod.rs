@@ -11,6 +11,7 @@ mod response;
 
 use std::{
     hash::{BuildHasher, RandomState},
+    pin::pin,
     time::{Duration, Instant},
 };
 
@@ -180,6 +181,9 @@ impl HttpSource {
                 arrival.begin(Opening { total, needed_bytes: None, validator })?;
             }
             Answer::Part { total } => {
+                if validator == Validator::None {
+                    arrival.join_unproven();
+                }
                 arrival.begin(Opening { total: Some(total), needed_bytes: None, validator })?;
             }
             Answer::Complete => return Ok(Ended::Complete),
@@ -195,9 +199,14 @@ impl HttpSource {
         let stop = arrival.stop().clone();
         let broken = |reason| Ok(Ended::Broken { reason, after: Duration::ZERO });
         loop {
-            let next = tokio::select! {
-                next = tokio::time::timeout(idle, response.chunk()) => next,
-                () = stop.fired() => return stopped(arrival),
+            let mut next = pin!(tokio::time::timeout(idle, response.chunk()));
+            let next = loop {
+                tokio::select! {
+                    next = &mut next => break next,
+                    // What came last before a silence is kept, too.
+                    () = tokio::time::sleep(arrival.mark_due_in()) => arrival.mark()?,
+                    () = stop.fired() => return stopped(arrival),
+                }
             };
             match next {
                 Ok(Ok(Some(bytes))) => arrival.bytes(&bytes)?,
