@@ -334,7 +334,9 @@ mod tests {
 
     #[test]
     fn a_wrong_type_or_syntax_is_refused_with_its_line() {
-        for text in ["state = '/s'\nthreads = 'many'", "state = '/s'\nthreads = ", "state = '/s'\nthreads = 0"] {
+        for text in
+            ["state = '/s'\nthreads = 'many'", "state = '/s'\nthreads = ", "state = '/s'\nthreads = 0"]
+        {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.starts_with("c.toml: line 2: ") && !message.contains('\n'), "{message}");
         }

@@ -5,7 +5,9 @@
 
 pub mod api;
 pub mod catalog;
+pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod directory;
 pub mod images;
 pub mod prep;

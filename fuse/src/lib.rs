@@ -34,4 +34,4 @@ pub use handles::IoPath;
 pub use invalidate::Change;
 pub use mount::{Ended, Mount, Stopped};
 pub use namespace::{FileEntry, FileId, Kind, Namespace, OpenFile};
-pub use options::{Mode, MountOptions, Sharing};
+pub use options::{Mode, MountOptions, Sharing, THREADS_MAX};

@@ -189,7 +189,7 @@ impl Node for FakeNode {
     }
 
     fn create_snapshot(&self, _: &str, request: CreateSnapshot) -> Result<Snapshot> {
-        Ok(Snapshot { name: request.name, size_bytes: 0, allocated_bytes: 0, created_at: None })
+        Ok(Snapshot { name: request.name, size_bytes: 0, created_at: None })
     }
 
     fn delete_snapshot(&self, volume: &str, name: &str) -> Result<Job> {

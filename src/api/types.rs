@@ -67,8 +67,6 @@ pub enum Phase {
     Syncing,
     Publishing,
     Verifying,
-    /// A volume's blocks are being copied, merged or checked.
-    Working,
 }
 
 /// How far a running job is.
@@ -139,8 +137,6 @@ pub struct ImageRef {
 pub struct Snapshot {
     pub name: String,
     pub size_bytes: u64,
-    /// What was written between the snapshot before it and this one, as it takes space on the disk.
-    pub allocated_bytes: u64,
     #[schema(value_type = Option<String>, format = DateTime)]
     pub created_at: Option<Timestamp>,
 }
@@ -152,7 +148,7 @@ pub struct Volume {
     pub uuid: Uuid,
     pub state: VolumeState,
     pub size_bytes: u64,
-    /// What its own layers take on the disk; the image is not counted.
+    /// What its layers take on the disk, those too that it shares with clones; the image is not counted.
     pub allocated_bytes: u64,
     /// `null` for a volume that began empty or was flattened.
     pub image: Option<ImageRef>,
