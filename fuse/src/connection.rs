@@ -139,6 +139,11 @@ pub(crate) fn look(dir: &Path) -> Result<Option<MountEntry>> {
     mountinfo::topmost(dir).map_err(|e| MountError::io("read", mountinfo::MOUNTINFO, e))
 }
 
+/// Whether a connection is mounted anywhere.
+pub(crate) fn is_mounted(device: DeviceNumber) -> bool {
+    mountinfo::read().is_ok_and(|mounts| mounts.iter().any(|entry| entry.device == device))
+}
+
 fn foreign(dir: &Path, entry: MountEntry) -> MountError {
     MountError::Foreign { dir: dir.into(), file_system: entry.file_system, source_name: entry.source }
 }

@@ -43,6 +43,10 @@ use crate::{
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long the serving threads may take to end once the connection is cut. Longer only if a device does not answer.
 const CUT_OFF_MAX: Duration = Duration::from_secs(5);
+/// How long a busy mount is asked again before it is detached: a scanner, or a process between fork and exec, is gone
+/// sooner than that.
+const BUSY_MAX: Duration = Duration::from_millis(300);
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
 /// The deadline of a mount that is dropped without having been stopped.
 const DROP_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -175,7 +179,7 @@ impl Mount {
             self.in_helper("detach", connection::detach, Instant::now() + CUT_OFF_MAX);
             return Stopped::Already(ended);
         }
-        match self.in_helper("unmount", connection::unmount, deadline) {
+        match self.unmount(deadline) {
             Some(Ok(())) if self.end.wait(deadline).is_some() => return Stopped::Unmounted,
             // Another mount namespace has a copy of it.
             Some(Ok(())) => {}
@@ -195,6 +199,18 @@ impl Mount {
         }
         self.cut_off();
         Stopped::CutOff { open }
+    }
+
+    /// Unmount, asking again for a moment while it is busy.
+    fn unmount(&self, deadline: Instant) -> Option<nix::Result<()>> {
+        let busy_until = deadline.min(Instant::now() + BUSY_MAX);
+        loop {
+            let result = self.in_helper("unmount", connection::unmount, deadline);
+            if result != Some(Err(Errno::EBUSY)) || Instant::now() >= busy_until {
+                return result;
+            }
+            self.end.wait(Instant::now() + BUSY_PAUSE);
+        }
     }
 
     /// End the connection under its users' feet.
@@ -295,6 +311,8 @@ impl Transport {
             session.run()
         });
         let ended = match &result {
+            // A forced unmount cuts the connection, and leaves the mount where it is if that is busy.
+            Ok(()) if connection::is_mounted(self.entry.device) => Ended::Aborted,
             Ok(()) => Ended::Unmounted,
             Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ended::Aborted,
             Err(error) => {

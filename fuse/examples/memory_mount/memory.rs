@@ -48,6 +48,7 @@ struct State {
     durable: Blocks,
     asked: Vec<Asked>,
     fault: Option<Error>,
+    panic_at: Option<u64>,
 }
 
 type Blocks = BTreeMap<u64, Box<[u8; BLOCK_BYTES]>>;
@@ -73,7 +74,14 @@ impl MemoryDevice {
     }
 
     fn new(size: u64, blocks: Blocks, access: Access) -> Arc<MemoryDevice> {
-        let state = State { size, durable: blocks.clone(), live: blocks, asked: Vec::new(), fault: None };
+        let state = State {
+            size,
+            durable: blocks.clone(),
+            live: blocks,
+            asked: Vec::new(),
+            fault: None,
+            panic_at: None,
+        };
         Arc::new(MemoryDevice {
             state: Mutex::new(state),
             access,
@@ -88,6 +96,7 @@ impl MemoryDevice {
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let mut state = self.state();
+        assert!(state.panic_at != Some(offset), "a test asked for a panic here");
         state.admit(Asked::Read { offset, len: buffer.len() })?;
         load(&state.live, offset, buffer);
         Ok(())
@@ -159,6 +168,11 @@ impl MemoryDevice {
     /// Fail every request from now on.
     pub fn fail_with(&self, fault: Error) {
         self.state().fault = Some(fault);
+    }
+
+    /// Panic at every read from this offset.
+    pub fn panic_at(&self, offset: u64) {
+        self.state().panic_at = Some(offset);
     }
 
     /// The content, without asking the device.
