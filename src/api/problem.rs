@@ -243,7 +243,7 @@ impl From<Engine> for Refusal {
 /// The kind of refusal that an error of the engine is.
 pub fn engine_code(error: &Engine) -> Code {
     match error {
-        Engine::Io { .. } => Code::Storage,
+        Engine::Io { .. } | Engine::Uncertain { .. } => Code::Storage,
         Engine::NoSpace { .. } => Code::NoSpace,
         Engine::Corrupt { .. } | Engine::Lost { .. } => Code::Corrupt,
         Engine::Unsupported { .. } => Code::Unsupported,
@@ -325,6 +325,7 @@ mod tests {
             (Engine::InUse { kind: "volume", name: name.clone(), by: name.clone() }, Code::InUse),
             (Engine::Invalid(name), Code::Invalid),
             (Engine::Busy { limit: "X_MAX" }, Code::Busy),
+            (Engine::Uncertain { source: Box::new(Engine::Closed) }, Code::Storage),
             (Engine::Closed, Code::ShuttingDown),
         ];
         for (error, code) in table {

@@ -297,7 +297,7 @@ pub enum CloneMethod {
     /// The layers below; takes no time and no space.
     #[default]
     Linked,
-    /// Only the image; everything written is copied.
+    /// Nothing, not even the image.
     Full,
 }
 

@@ -7,10 +7,7 @@
 use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
-    os::{
-        fd::AsRawFd,
-        unix::fs::{FileTypeExt, OpenOptionsExt},
-    },
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -220,7 +217,7 @@ fn disk_directory(disk: &Path) -> Check {
         Ok(found) => found,
         Err(error) => return refused(&error, "name a directory of a local file system"),
     };
-    let magic = i64::from(found.filesystem_type().0);
+    let magic = found.filesystem_type().0;
     let kind = FILE_SYSTEMS.iter().find(|(known, _)| *known == magic).map(|(_, kind)| *kind);
     if let Err(error) = try_direct_io(disk) {
         return refused(
@@ -255,7 +252,6 @@ fn try_direct_io(dir: &Path) -> io::Result<()> {
     let buffer = vec![0; 2 * BLOCK];
     let start = buffer.as_ptr().align_offset(BLOCK);
     let block = buffer.get(start..start + BLOCK).ok_or(io::ErrorKind::OutOfMemory)?;
-    debug_assert!(file.as_raw_fd() >= 0);
     file.write_all(block)
 }
 

@@ -58,7 +58,7 @@ pub fn print(text: &str) -> Result<(), Failure> {
 /// A listing: a head and one line for each object.
 pub fn listing<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(head);
+    table.load_style(presets::NOTHING).set_header(head);
     table.add_rows(rows);
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
@@ -69,7 +69,7 @@ pub fn listing<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [
 /// One object: a line for each of its properties.
 pub fn properties(rows: impl IntoIterator<Item = (&'static str, String)>) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     table.add_rows(rows.into_iter().map(|(name, value)| [name.to_owned(), value]));
     for column in table.column_iter_mut() {
         column.set_padding((0, 2)).set_cell_alignment(CellAlignment::Left);

@@ -86,7 +86,7 @@ Example:
     /// Make a volume that begins as another, or as a snapshot of it
     #[command(
         after_long_help = "A clone shares the layers below it: it takes no space and no time, and either may \
-be deleted. With --full what was written is copied, and only the image is shared.
+be deleted. With --full everything is copied and nothing shared, not even the image.
 
 Examples:
   bedplate volume clone web1 web2
