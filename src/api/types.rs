@@ -203,6 +203,8 @@ pub enum JobKind {
     VolumeExport,
     ImageExport,
     SnapshotDelete,
+    /// Merging what deleted snapshots and finished exports left on a disk.
+    DiskReclaim,
 }
 
 /// How a job is.
@@ -235,7 +237,7 @@ pub struct RecoverReport {
 pub struct Job {
     pub id: u64,
     pub kind: JobKind,
-    /// The volume or image that it is about.
+    /// The volume, image or disk that it is about.
     pub object: String,
     pub state: JobState,
     /// While it runs.

@@ -62,7 +62,7 @@ pub struct Disk {
     pub(super) life: Mutex<()>,
     tree: Mutex<Tree>,
     /// Held until the disk is dropped.
-    _lock: Option<Flock<File>>,
+    _lock: Option<Arc<Flock<File>>>,
 }
 
 impl std::fmt::Debug for Disk {
@@ -75,7 +75,7 @@ impl std::fmt::Debug for Disk {
 pub struct Held {
     storage: Arc<dyn Storage>,
     record: DiskRecord,
-    lock: Option<Flock<File>>,
+    lock: Option<Arc<Flock<File>>>,
 }
 
 impl Held {
@@ -83,10 +83,10 @@ impl Held {
     pub fn take(path: &Path) -> Result<Held> {
         let lock = lock(path)?;
         let storage = Arc::new(FileStorage::open(path)?);
-        Held::over(storage, Some(lock))
+        Held::over(storage, Some(Arc::new(lock)))
     }
 
-    fn over(storage: Arc<dyn Storage>, lock: Option<Flock<File>>) -> Result<Held> {
+    fn over(storage: Arc<dyn Storage>, lock: Option<Arc<Flock<File>>>) -> Result<Held> {
         let record = initialise(&*storage)?;
         Ok(Held { storage, record, lock })
     }
@@ -95,9 +95,10 @@ impl Held {
         self.record.id
     }
 
-    /// Open its volumes, over the images that `bases` has.
-    pub fn serve(self, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
+    /// Open its volumes, over the images that `bases` has. The lock is held until both this and the disk are dropped.
+    pub fn serve(&self, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
         let Held { storage, record, lock } = self;
+        let (storage, record, lock) = (storage.clone(), record.clone(), lock.clone());
         let disk = Arc::new(Disk {
             reserve: Arc::new(Reserve::take(storage.clone())?),
             housekeeper: Arc::new(Housekeeper::start()?),
