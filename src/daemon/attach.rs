@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    losetup::{LoopDevice, Losetup},
+    losetup::{self, LoopDevice, Losetup, is_bound, sysfs},
     state::StateDir,
 };
 use crate::api::problem::{Code, Refusal};
@@ -64,14 +64,7 @@ impl Attachments {
     /// Look after what an earlier node left. `mount` is served already.
     pub fn open(losetup: Losetup, state: StateDir, mount: &Path) -> Attachments {
         let earlier: BTreeMap<Uuid, Attachment> = state.load(RECORD);
-        let stale = match losetup.list() {
-            Ok(devices) => clear_dead(&losetup, &devices, earlier.values(), mount),
-            Err(refusal) => {
-                // A machine without loop devices has no dead ones.
-                tracing::debug!(%refusal, "loop devices are not listed");
-                Vec::new()
-            }
-        };
+        let stale = clear_dead(&losetup, earlier.values(), mount);
         let table = Mutex::new(Table { attached: BTreeMap::new(), stale });
         let attachments = Attachments { losetup, state, table };
         attachments.store(&attachments.lock().attached);
@@ -94,9 +87,12 @@ impl Attachments {
         let mut table = self.lock();
         let (file_system, inode) = identity(file)?;
         let of_file = |device| Attachment { device, file_system: file_system.clone(), inode };
-        let found = self.losetup.list()?;
         let known = of_file(PathBuf::new());
-        let device = match found.into_iter().find(|device| known.has_file_of(device)) {
+        let mut existing = None;
+        for (device, _) in losetup::bound().into_iter().filter(|(_, path)| path == file) {
+            existing = existing.or(self.losetup.look(&device)?.filter(|found| known.has_file_of(found)));
+        }
+        let device = match existing {
             Some(found) => found.device,
             None => self.losetup.attach(file)?,
         };
@@ -109,7 +105,7 @@ impl Attachments {
     pub fn detach(&self, volume: Uuid, name: &str) -> Result<(), Refusal> {
         let mut table = self.lock();
         let Some(attachment) = table.attached.get(&volume).cloned() else { return Ok(()) };
-        if self.losetup.list()?.iter().any(|found| attachment.is(found)) {
+        if self.losetup.look(&attachment.device)?.is_some_and(|found| attachment.is(&found)) {
             let device = &attachment.device;
             let users = users(device);
             if !users.is_empty() {
@@ -174,37 +170,36 @@ impl Attachments {
 /// Detach the devices of an earlier node's mount, and say which are still in use.
 fn clear_dead<'a>(
     losetup: &Losetup,
-    devices: &[LoopDevice],
     earlier: impl Iterator<Item = &'a Attachment>,
     mount: &Path,
 ) -> Vec<PathBuf> {
+    let look = |device: &Path| {
+        losetup.look(device).unwrap_or_else(|refusal| {
+            tracing::warn!(device = %device.display(), %refusal, "a device of an earlier node is not looked at");
+            None
+        })
+    };
     let mut stale = Vec::new();
     for attachment in earlier {
-        if !devices.iter().any(|found| attachment.is(found)) {
+        let device = &attachment.device;
+        if !look(device).is_some_and(|found| attachment.is(&found)) {
             continue;
         }
-        tracing::info!(device = %attachment.device.display(), "detaching a device of a node that is gone");
-        if let Err(refusal) = losetup.detach(&attachment.device) {
-            tracing::warn!(device = %attachment.device.display(), %refusal, "not detached");
+        tracing::info!(device = %device.display(), "detaching a device of a node that is gone");
+        if let Err(refusal) = losetup.detach(device) {
+            tracing::warn!(device = %device.display(), %refusal, "not detached");
         }
-        if is_bound(&attachment.device) {
-            stale.push(attachment.device.clone());
+        if is_bound(device) {
+            stale.push(device.clone());
         }
     }
     // Others that somebody made over files of an earlier mount are not ours to take away.
     let current = identity(mount).ok().map(|(file_system, _)| file_system);
-    stale.extend(
-        devices
-            .iter()
-            .filter(|found| {
-                found.file.as_ref().is_some_and(|file| file.starts_with(mount))
-                    && found.file_system != current
-                    && is_bound(&found.device)
-                    && !stale.contains(&found.device)
-            })
-            .map(|found| found.device.clone())
-            .collect::<Vec<_>>(),
-    );
+    for (device, _) in losetup::bound().into_iter().filter(|(_, file)| file.starts_with(mount)) {
+        if !stale.contains(&device) && look(&device).is_some_and(|found| found.file_system != current) {
+            stale.push(device);
+        }
+    }
     for device in &stale {
         tracing::warn!(device = %device.display(), "a device of a node that is gone is still in use");
     }
@@ -217,16 +212,6 @@ fn identity(file: &Path) -> Result<(String, u64), Refusal> {
         .map_err(|error| Refusal::new(Code::Storage, format!("{}: {error}", file.display())))?;
     let device = found.dev();
     Ok((format!("{}:{}", major(device), minor(device)), found.ino()))
-}
-
-/// The directory of a block device in sysfs.
-fn sysfs(device: &Path) -> PathBuf {
-    Path::new("/sys/block").join(device.file_name().unwrap_or_default())
-}
-
-/// Whether the device has a file.
-fn is_bound(device: &Path) -> bool {
-    sysfs(device).join("loop/backing_file").exists()
 }
 
 /// Where the device or a partition of it is mounted, and what stands on it.

@@ -1,10 +1,12 @@
 //! Loop devices, through the system's `losetup`.
 //!
 //! Owns how the program is called and its answers read. A child process, because whatever touches a loop device may
-//! wait for the file beneath it, and that file is served by this very process: a child can be given up on after
-//! [`CALL_MAX`]. Which devices are ours is decided in [`super::attach`].
+//! wait for the file beneath it, and that file is served by this very process, or by one that hangs: a child can be
+//! given up on after [`CALL_MAX`]. For the same reason devices are found in sysfs ([`bound`]), which touches no file,
+//! and only those that may be ours are looked at. Which are is decided in [`super::attach`].
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -18,20 +20,41 @@ use crate::api::problem::{Code, Refusal};
 /// How long a call may take.
 const CALL_MAX: Duration = Duration::from_secs(20);
 const PROGRAM: &str = "losetup";
+const SYSFS: &str = "/sys/block";
+/// Beneath a device's directory; there while it has a file.
+const BACKING_FILE: &str = "loop/backing_file";
 
 /// A loop device that has a file.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct LoopDevice {
     #[serde(rename = "name")]
     pub device: PathBuf,
-    /// As the kernel shows it; of a detached mount without where that was.
-    #[serde(rename = "back-file")]
-    pub file: Option<PathBuf>,
     #[serde(rename = "back-ino")]
     pub inode: Option<u64>,
     /// `major:minor` of the file's file system.
     #[serde(rename = "back-maj:min")]
     pub file_system: Option<String>,
+}
+
+/// All devices that have a file, with its path as the kernel shows it: of a detached mount without where that was.
+pub fn bound() -> Vec<(PathBuf, PathBuf)> {
+    let entries = fs::read_dir(SYSFS).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let file = fs::read_to_string(entry.path().join(BACKING_FILE)).ok()?;
+            Some((Path::new("/dev").join(entry.file_name()), PathBuf::from(file.trim_end())))
+        })
+        .collect()
+}
+
+/// Whether the device has a file.
+pub fn is_bound(device: &Path) -> bool {
+    sysfs(device).join(BACKING_FILE).exists()
+}
+
+/// The directory of a block device in sysfs.
+pub fn sysfs(device: &Path) -> PathBuf {
+    Path::new(SYSFS).join(device.file_name().unwrap_or_default())
 }
 
 /// The program, called from threads that may block.
@@ -43,10 +66,16 @@ impl Losetup {
         Losetup(runtime)
     }
 
-    /// All loop devices that have a file.
-    pub fn list(&self) -> Result<Vec<LoopDevice>, Refusal> {
-        let text = self.call(&["--list", "--json", "--output", "NAME,BACK-FILE,BACK-INO,BACK-MAJ:MIN"])?;
-        parse(&text).map_err(|error| Refusal::new(Code::Storage, format!("{PROGRAM} --list: {error}")))
+    /// What is behind a device; `None` when nothing is.
+    pub fn look(&self, device: &Path) -> Result<Option<LoopDevice>, Refusal> {
+        if !is_bound(device) {
+            return Ok(None);
+        }
+        let columns = "NAME,BACK-INO,BACK-MAJ:MIN";
+        let text = self.call(&["--list", "--json", "--output", columns, &device.to_string_lossy()])?;
+        let found =
+            parse(&text).map_err(|e| Refusal::new(Code::Storage, format!("{PROGRAM} --list: {e}")))?;
+        Ok(found.into_iter().next())
     }
 
     /// Give `file` a device with direct I/O.
@@ -110,11 +139,10 @@ mod tests {
     #[test]
     fn a_listing_is_read_as_util_linux_prints_it() {
         assert_eq!(parse("").unwrap(), []);
-        let text = "{\"loopdevices\": [{\"name\": \"/dev/loop0\", \"back-file\": \"/m/volumes/a\", \
-                    \"back-ino\": 8694342718854356630, \"back-maj:min\": \"       0:39 \"}]}";
+        let text = r#"{"loopdevices": [
+            {"name": "/dev/loop0", "back-ino": 8694342718854356630, "back-maj:min": "       0:39 "}]}"#;
         let expected = LoopDevice {
             device: "/dev/loop0".into(),
-            file: Some("/m/volumes/a".into()),
             inode: Some(8_694_342_718_854_356_630),
             file_system: Some("0:39".to_owned()),
         };
