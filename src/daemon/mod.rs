@@ -228,9 +228,8 @@ fn reopen_in_doubt(node: &Arc<LocalNode>) {
         let (true, Some(image)) = (located.open().is_err(), info.image) else { continue };
         let node = node.clone();
         tokio::spawn(async move {
-            if node.images.wait(&image.uuid.to_string(), REOPEN_WAIT).await.is_err() {
-                return;
-            }
+            // Whatever came of it, the volume's reason is told anew.
+            drop(node.images.wait(&image.uuid.to_string(), REOPEN_WAIT).await);
             let disk = located.disk.clone();
             let name = located.name.clone();
             let reopened = tokio::task::spawn_blocking(move || disk.reopen(&name)).await;
@@ -263,7 +262,7 @@ fn stop_blocking(node: &LocalNode) -> Result<(), Error> {
         tracing::warn!(object = %job, "a job did not stop in time");
     }
     for device in node.attachments.shut_down() {
-        tracing::warn!(device = %device.display(), "still in use; from now on it gives errors");
+        tracing::warn!(device = %device.display(), "still in use; it gives errors once the mount is gone");
     }
     let mount = node.mount().take();
     match mount.map(|mount| mount.stop(MOUNT_GRACE)) {

@@ -128,17 +128,39 @@ impl Disk {
         Held::over(storage, None)?.serve(bases)
     }
 
-    /// Try again to open a volume that could not be opened, for a reason that has passed. Without one there is nothing
-    /// to do.
+    /// Try again to open a volume that could not be opened, for a reason that may have passed. One that is open stays
+    /// as it is.
     pub fn reopen(&self, volume: &str) -> Result<()> {
         let _life = self.life();
-        let broken = self.tree().broken.iter().find(|broken| broken.name == volume).cloned();
-        let Some(Broken { record: Some(record), .. }) = broken else { return Ok(()) };
-        let opened = self.open_volume(record.clone())?;
+        if self.tree().volumes.contains_key(volume) {
+            return Ok(());
+        }
+        let record = self.broken_record(volume)?;
+        let opened = self.open_volume(record.clone());
         let mut tree = self.tree();
-        tree.broken.retain(|broken| broken.name != volume);
-        tree.volumes.insert(record.name, Arc::new(opened));
-        Ok(())
+        match opened {
+            Ok(opened) => {
+                tree.broken.retain(|broken| broken.name != volume);
+                tree.volumes.insert(record.name, Arc::new(opened));
+                Ok(())
+            }
+            Err(error) => {
+                let known = tree.broken.iter_mut().filter(|broken| broken.name == volume);
+                known.for_each(|broken| broken.reason = error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    /// The record of a volume that could not be opened.
+    pub(super) fn broken_record(&self, volume: &str) -> Result<VolumeRecord> {
+        let tree = self.tree();
+        let broken = tree.broken.iter().find(|broken| broken.name == volume);
+        let broken = broken.ok_or_else(|| Error::NotFound { kind: "volume", name: volume.into() })?;
+        broken
+            .record
+            .clone()
+            .ok_or_else(|| Error::Invalid(format!("{}; nothing tells its layers", broken.reason)))
     }
 
     pub fn id(&self) -> Uuid {

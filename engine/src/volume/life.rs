@@ -78,17 +78,26 @@ impl Disk {
         self.add_volume(record, head)
     }
 
-    /// Delete a volume and collect what only it needed.
+    /// Delete a volume and collect what only it needed. One that could not be opened goes too, as long as its record
+    /// can be read; without that, nobody knows what it needed.
     pub fn delete_volume(&self, name: &str) -> Result<()> {
         let life = self.life();
-        let volume = self.volume(name)?;
-        let claim = volume.claim("it is being deleted")?;
-        let dir = format!("{VOLUMES}/{}", volume.record().dir_name());
+        let open = self.tree().volumes.get(name).cloned();
+        let claim = open.as_ref().map(|volume| volume.claim("it is being deleted")).transpose()?;
+        let record = match &open {
+            Some(volume) => volume.record(),
+            None => self.broken_record(name)?,
+        };
+        let dir = format!("{VOLUMES}/{}", record.dir_name());
         let gone = format!("{VOLUMES}/{TEMPORARY}{}", Uuid::new_v4());
         self.storage.rename(&dir, &gone)?;
-        self.tree().volumes.remove(name);
+        {
+            let mut tree = self.tree();
+            tree.volumes.remove(name);
+            tree.broken.retain(|broken| broken.name != name);
+        }
         drop(claim);
-        drop(volume);
+        drop(open);
         self.storage.sync_dir(VOLUMES)?;
         remove_volume_dir(&*self.storage, &gone)?;
         self.collect();
