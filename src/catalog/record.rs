@@ -1,6 +1,6 @@
 //! The record of an image, `image.json`: its typed form and its strict reading.
 //!
-//! The file is flat JSON for people's eyes ([`RecordFile`]); the rest of the program sees [`ImageRecord`], where a
+//! The file is flat JSON for people's eyes (`RecordFile`); the rest of the program sees [`ImageRecord`], where a
 //! state carries exactly what it needs. An unknown version is refused by its number before anything else is looked at,
 //! unknown fields and impossible combinations are refused as corrupt. What the record must not hold: credentials.
 

@@ -56,7 +56,9 @@ impl Service {
             let Some(image) = table.by_uuid(uuid).filter(|image| image.job.is_none() && !closing) else {
                 return;
             };
-            let limit = image.record.deadline_s.map_or(self.settings.deadline, Duration::from_secs);
+            // What a user allows for an arrival says nothing about reading it back.
+            let asked = image.record.deadline_s.filter(|_| kind == JobKind::Arrival);
+            let limit = asked.map_or(self.settings.deadline, Duration::from_secs);
             let job = Job { kind, meter: Arc::new(Meter::default()), stop: Arc::new(Stop::after(limit)) };
             image.job = Some(job.clone());
             job
@@ -198,15 +200,16 @@ impl Service {
             }
         }
         // The record first: a crash in between leaves bytes that the next start clears away.
-        if record.state != before {
-            if let Err(error) = self.record(&record, &dir) {
-                tracing::error!(image = %record.name, %error, "the end of the job is not recorded");
-            }
+        if record.state != before
+            && let Err(error) = self.record(&record, &dir)
+        {
+            tracing::error!(image = %record.name, %error, "the end of the job is not recorded");
         }
-        if discard && job.kind == JobKind::Arrival {
-            if let Err(error) = dir.discard_partial() {
-                tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
-            }
+        if discard
+            && job.kind == JobKind::Arrival
+            && let Err(error) = dir.discard_partial()
+        {
+            tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
         }
         let mut table = self.lock();
         if let Some(image) = table.by_uuid(uuid) {

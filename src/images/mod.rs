@@ -404,10 +404,10 @@ impl Images {
 
 impl Drop for ImageHold {
     fn drop(&mut self) {
-        if let Some(image) = self.images.0.lock().by_uuid(self.uuid) {
-            if let Some(at) = image.holds.iter().position(|who| Arc::ptr_eq(who, &self.who)) {
-                image.holds.swap_remove(at);
-            }
+        if let Some(image) = self.images.0.lock().by_uuid(self.uuid)
+            && let Some(at) = image.holds.iter().position(|who| Arc::ptr_eq(who, &self.who))
+        {
+            image.holds.swap_remove(at);
         }
     }
 }

@@ -7,6 +7,7 @@ mod arrivals;
 mod disk;
 mod download;
 mod origin;
+mod peer;
 mod restart;
 
 use std::{
