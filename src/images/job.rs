@@ -124,6 +124,10 @@ impl Service {
         job.meter.enter(Phase::Publishing);
         job.stop.check()?;
         let stamp = dir.publish_file(&arrived.file)?;
+        if stamp.size_bytes != arrived.size_bytes {
+            let (is, was) = (stamp.size_bytes, arrived.size_bytes);
+            return Err(Failure::Corrupt(format!("the file has {is} bytes after {was} had arrived")));
+        }
         let format = match arrived.content {
             Content::Raw => Format::Raw,
         };
@@ -181,7 +185,11 @@ impl Service {
         let discard = outcome.as_ref().err().is_some_and(|failure| !failure.keeps_partial());
         let mut doubt = None;
         match (outcome, job.kind) {
-            (Ok(published), _) => record.state = RecordState::Ready(published),
+            (Ok(published), kind) => {
+                let size_bytes = published.stamp.size_bytes;
+                tracing::info!(image = %record.name, ?kind, size_bytes, sha512 = published.sha512, "ready");
+                record.state = RecordState::Ready(published);
+            }
             // It goes on at the next start.
             (Err(Failure::Stopped), JobKind::Arrival) => {}
             (

@@ -184,9 +184,7 @@ mod tests {
 
     fn device() -> MemoryDevice {
         let mut content = vec![0; (6 << 20) + 512];
-        for at in (1 << 20)..(1 << 20) + 50_000 {
-            content[at] = 5;
-        }
+        content[1 << 20..(1 << 20) + 50_000].fill(5);
         *content.last_mut().unwrap() = 1;
         MemoryDevice(content)
     }

@@ -66,6 +66,12 @@ pub(super) fn judge(status: StatusCode, headers: &HeaderMap, asked: &Asked<'_>) 
             later(status, headers)
         }
         status if status.is_server_error() => later(status, headers),
+        StatusCode::UNAUTHORIZED => Answer::Refused {
+            reason: format!(
+                "the origin answers {status} (a user and password of the URL are not kept over a restart; create the \
+                 image again with them)"
+            ),
+        },
         status => Answer::Refused { reason: format!("the origin answers {status}") },
     }
 }
