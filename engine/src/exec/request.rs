@@ -1,0 +1,130 @@
+//! The buffers of one operation while it is carried out, and what each action does with them.
+//!
+//! Owns [`Buffers`]: the client's bytes, the two edge blocks and the copy buffer. Every executor carries data actions
+//! out through it, so the way bytes are put together is the same under test and in use.
+
+use super::{buffer::AlignedBuffer, view::View};
+use crate::{
+    cow::{
+        core::{Edge, Output, Payload},
+        plan::Segment,
+    },
+    error::Result,
+    units::{BLOCK_BYTES, BLOCK_SIZE, Block, BlockRange, ByteOffset, ByteRange, to_usize},
+};
+
+/// What one operation reads and writes.
+#[derive(Debug, Default)]
+pub struct Buffers<'a> {
+    /// Where in the volume `data` goes.
+    start: u64,
+    /// The client's bytes; none for an operation that writes zeros.
+    data: Option<&'a [u8]>,
+    edges: [Option<AlignedBuffer>; 2],
+    copy: Option<(u64, AlignedBuffer)>,
+}
+
+impl<'a> Buffers<'a> {
+    /// For a write of `data` at `start`.
+    pub fn of_write(start: u64, data: &'a [u8]) -> Buffers<'a> {
+        Buffers { start, data: Some(data), ..Buffers::default() }
+    }
+
+    fn edge(&mut self, edge: Edge) -> &mut AlignedBuffer {
+        let slot = match edge {
+            Edge::First => &mut self.edges[0],
+            Edge::Last => &mut self.edges[1],
+        };
+        slot.get_or_insert_with(|| AlignedBuffer::new(BLOCK_BYTES))
+    }
+
+    /// Carry out a `ReadEdge`.
+    pub fn read_edge(
+        &mut self,
+        edge: Edge,
+        block: Block,
+        segments: &[Segment],
+        view: &View,
+    ) -> Result<Output> {
+        let buffer = self.edge(edge);
+        buffer.fill(0);
+        for segment in segments {
+            let at = to_usize(segment.range.start.0 - block.offset().0);
+            view.read_segment(*segment, &mut buffer[at..at + segment.range.len.as_usize()])?;
+        }
+        Ok(Output::Done)
+    }
+
+    /// Carry out a `ReadCopy`.
+    pub fn read_copy(&mut self, start: ByteOffset, segments: &[Segment], view: &View) -> Result<Output> {
+        let end = segments.iter().map(|segment| segment.range.end().0).max().unwrap_or(start.0);
+        let mut buffer = AlignedBuffer::new(to_usize((end - start.0).next_multiple_of(BLOCK_SIZE)));
+        let mut runs = Vec::new();
+        for segment in segments {
+            let at = to_usize(segment.range.start.0 - start.0);
+            view.read_segment(*segment, &mut buffer[at..at + segment.range.len.as_usize()])?;
+            nonzero_blocks(&buffer, start, segment.range, &mut runs);
+        }
+        self.copy = Some((start.0, buffer));
+        Ok(Output::Nonzero(runs))
+    }
+
+    /// The bytes of a `Write` at `range`.
+    pub fn payload(&mut self, range: ByteRange, payload: Payload) -> &[u8] {
+        let len = range.len.as_usize();
+        match payload {
+            Payload::Client => self.client(range),
+            Payload::Zeros => &ZEROS[..len],
+            Payload::Copy => {
+                let (start, buffer) =
+                    self.copy.as_ref().expect("the core asks for a copy's write after its read");
+                let at = to_usize(range.start.0 - start);
+                &buffer[at..at + len]
+            }
+            Payload::Edge { edge, client } => {
+                let source = self.data.map(|data| {
+                    let at = to_usize(client.start.0 - self.start);
+                    &data[at..at + client.len.as_usize()]
+                });
+                let buffer = self.edge(edge);
+                let at = to_usize(client.start.in_block());
+                let place = &mut buffer[at..at + client.len.as_usize()];
+                match source {
+                    Some(bytes) => place.copy_from_slice(bytes),
+                    None => place.fill(0),
+                }
+                let at = to_usize(range.start.in_block());
+                &buffer[at..at + len]
+            }
+        }
+    }
+
+    fn client(&self, range: ByteRange) -> &[u8] {
+        let len = range.len.as_usize();
+        match self.data {
+            Some(data) => {
+                let at = to_usize(range.start.0 - self.start);
+                &data[at..at + len]
+            }
+            None => &ZEROS[..len],
+        }
+    }
+}
+
+/// Zeros for the part of one block.
+static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+
+/// Append the runs of blocks within `range` that hold anything but zeros. `buffer` starts at `start`.
+fn nonzero_blocks(buffer: &[u8], start: ByteOffset, range: ByteRange, runs: &mut Vec<BlockRange>) {
+    let touched = range.blocks_touched();
+    for number in touched.start.0..touched.end().0 {
+        let at = to_usize(number * BLOCK_SIZE - start.0);
+        if buffer[at..at + BLOCK_BYTES].iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        match runs.last_mut() {
+            Some(last) if last.end() == Block(number) => last.count.0 += 1,
+            Some(_) | None => runs.push(BlockRange::new(number, 1)),
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Volumes on a real file system: every operation against plain byte vectors.
+
+mod life;
+mod util;
