@@ -160,7 +160,8 @@ fn a_clone_shares_its_blocks_where_the_file_system_can() {
     let held = DiskDir::open(Uuid::nil(), disk.path()).unwrap();
     let before = held.free_bytes().unwrap();
     let clone = node.bring("b", "image:a").unwrap();
-    assert!(before - held.free_bytes().unwrap() < 4 << 20);
+    // XFS gives space back late, so there may even be more.
+    assert!(held.free_bytes().unwrap() + (4 << 20) > before);
     assert!(node.content("b") == node.content("a"));
     assert_eq!(clone.allocated_bytes, 24 << 20);
     node.delete("a").unwrap();
