@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use super::{head::HeadFiles, housekeeper::Housekeeper, request::Buffers, view::View};
 use crate::{
     cow::{
-        core::{Action, ActionKind, CopySource, Core, HeadState, Op, OpId, Output, Step},
+        core::{Action, CopySource, Core, HeadState, Op, OpId, Output, Step},
         map::log::LogEnd,
         plan::Index,
     },
@@ -61,12 +61,25 @@ struct Mailbox {
 
 #[derive(Debug, Default)]
 struct Messages {
-    actions: Vec<Action>,
+    actions: Vec<Planned>,
     result: Option<Result<()>>,
 }
 
+/// An action with what was live when it was planned: a later view may not have the files that it names.
+#[derive(Debug)]
+struct Planned {
+    action: Action,
+    live: Arc<Live>,
+}
+
+impl Planned {
+    fn carry_out(&self, buffers: &mut Buffers<'_>) -> Result<Output> {
+        buffers.carry_out(&self.action.kind, &self.live.head, &self.live.view)
+    }
+}
+
 enum Message {
-    Do(Action),
+    Do(Planned),
     Done(Result<()>),
 }
 
@@ -75,7 +88,7 @@ impl Mailbox {
         self.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, action: Action) {
+    fn put(&self, action: Planned) {
         self.lock().actions.push(action);
         self.arrived.notify_one();
     }
@@ -103,12 +116,14 @@ impl Mailbox {
 impl State {
     /// Hand out what came of a call; returns what nobody waits for, which is not put under a lock: its queue may block.
     #[must_use]
-    fn dispatch(&mut self, step: Step) -> Vec<Action> {
+    fn dispatch(&mut self, step: Step, live: &Arc<Live>) -> Vec<Planned> {
         let mut housekeeping = Vec::new();
         for action in step.actions {
-            match action.op.and_then(|op| self.mailboxes.get(&op)) {
-                Some(mailbox) => mailbox.put(action),
-                None => housekeeping.push(action),
+            let mailbox = action.op.and_then(|op| self.mailboxes.get(&op));
+            let planned = Planned { action, live: live.clone() };
+            match mailbox {
+                Some(mailbox) => mailbox.put(planned),
+                None => housekeeping.push(planned),
             }
         }
         for (op, result) in step.finished {
@@ -133,12 +148,12 @@ impl Shared {
         epochs.push(Arc::downgrade(&old.view.index));
     }
 
-    fn keep_house(self: &Arc<Self>, actions: Vec<Action>) {
-        for action in actions {
+    fn keep_house(self: &Arc<Self>, actions: Vec<Planned>) {
+        for planned in actions {
             let shared = self.clone();
             self.housekeeper.run(move || {
-                let result = shared.perform(&mut Buffers::default(), &action.kind);
-                shared.complete(&action, result);
+                let result = planned.carry_out(&mut Buffers::default());
+                shared.complete(&planned.action, result);
             });
         }
     }
@@ -147,7 +162,7 @@ impl Shared {
         let housekeeping = {
             let mut state = self.lock();
             let step = state.core.complete(action.id, result);
-            state.dispatch(step)
+            state.dispatch(step, &self.live.load())
         };
         self.keep_house(housekeeping);
     }
@@ -159,43 +174,16 @@ impl Shared {
             let mut state = self.lock();
             let (id, step) = state.core.submit(op)?;
             state.mailboxes.insert(id, mailbox.clone());
-            state.dispatch(step)
+            state.dispatch(step, &self.live.load())
         };
         self.keep_house(housekeeping);
         loop {
             match mailbox.take() {
                 Message::Done(result) => return result,
-                Message::Do(action) => {
-                    let result = self.perform(buffers, &action.kind);
-                    self.complete(&action, result);
+                Message::Do(planned) => {
+                    let result = planned.carry_out(buffers);
+                    self.complete(&planned.action, result);
                 }
-            }
-        }
-    }
-
-    /// Carry out one action.
-    fn perform(&self, buffers: &mut Buffers<'_>, kind: &ActionKind) -> Result<Output> {
-        let live = self.live.load();
-        let head = &live.head;
-        let done = |()| Output::Done;
-        match kind {
-            ActionKind::ReadEdge { edge, block, segments } => {
-                buffers.read_edge(*edge, *block, segments, &live.view)
-            }
-            ActionKind::ReadCopy { start, segments } => buffers.read_copy(*start, segments, &live.view),
-            ActionKind::Write { range, payload } => {
-                head.data.write_at(buffers.payload(*range, *payload), range.start.0).map(done)
-            }
-            ActionKind::Punch { blocks } => head.data.punch(blocks.bytes()).map(done),
-            ActionKind::SyncData => head.data.sync().map(done),
-            ActionKind::AppendLog { offset, bytes } => head.map().write_at(bytes, *offset).map(done),
-            ActionKind::SyncMap => head.map().sync().map(done),
-            ActionKind::StageMap { bytes, log_len } => head.stage_map(bytes, *log_len).map(done),
-            ActionKind::SwitchMap { offset, log } => head.switch_map(*offset, log).map(done),
-            ActionKind::MarkFailed { reason } => {
-                tracing::error!(layer = %head.dir, %reason, "the layer takes no more writes");
-                head.mark_failed(reason);
-                Ok(Output::Done)
             }
         }
     }
@@ -227,7 +215,7 @@ impl Barrier<'_> {
             let mut state = shared.lock();
             shared.publish(Live { view: head.view, head: head.files });
             let step = state.core.install(head.state);
-            state.dispatch(step)
+            state.dispatch(step, &shared.live.load())
         };
         shared.keep_house(housekeeping);
     }
@@ -250,7 +238,7 @@ impl Drop for Barrier<'_> {
         let housekeeping = {
             let mut state = shared.lock();
             let step = state.core.resume();
-            state.dispatch(step)
+            state.dispatch(step, &shared.live.load())
         };
         shared.keep_house(housekeeping);
     }

@@ -14,8 +14,8 @@ use crate::{
         BlockState,
         changes::Changes,
         map::{
-            MAP_LOG_MAX,
-            checkpoint::{self, Header},
+            MAP_LOG_MIN,
+            checkpoint::{self, Header, LogLen},
             log::{self, LogEnd},
         },
     },
@@ -31,6 +31,9 @@ pub(super) enum Commit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Data,
+    /// Records that an earlier process appended may not be on disk; none may follow them before they are, or a crash
+    /// could keep the later one alone, which reads as damage.
+    Inherited,
     Append,
     Map,
 }
@@ -83,9 +86,6 @@ impl Core {
         if !free {
             return false;
         }
-        if self.log.used * 2 > self.log.sectors {
-            self.checkpoint_wanted = true;
-        }
         let checkpoint =
             self.checkpoint_wanted && self.checkpoint.is_idle() && self.admission == Admission::Open;
         let pressed = log::sectors_of(self.landed.len()) * 4 > self.log.sectors;
@@ -97,17 +97,14 @@ impl Core {
         if checkpoint {
             self.checkpoint_wanted = false;
             let sequence = self.log.sequence + u64::from(!cut.is_empty());
-            let (bytes, header) = checkpoint::encode(
-                self.layer,
-                self.log.generation + 1,
-                sequence,
-                &self.index.head,
-                MAP_LOG_MAX,
-            );
+            let generation = self.log.generation + 1;
+            let log_len = LogLen::Live { least: self.log.log_len().min(MAP_LOG_MIN) };
+            let (bytes, header) =
+                checkpoint::encode(self.layer, generation, sequence, &self.index.head, log_len);
             self.checkpoint = Checkpoint::Cut { bytes, header };
         }
-        let sync_data = std::mem::take(&mut self.data_dirty);
-        debug_assert!(sync_data || !cut.any(BlockState::Data), "data landed without being written");
+        // A change of several parts may land after a commit that has synced those which were written by then.
+        let sync_data = std::mem::take(&mut self.data_dirty) || cut.any(BlockState::Data);
         let owner = waiters.first().copied();
         self.commit = Commit::Running { stage: Stage::Data, cut, waiters, end: self.log };
         if sync_data {
@@ -133,18 +130,23 @@ impl Core {
                 }
             }
             (Ok(_), Stage::Data) => self.data_synced(step),
-            (Ok(_), Stage::Append) => self.sync_map(step),
-            (Ok(_), Stage::Map) => {
+            (Ok(_), Stage::Inherited) => {
                 self.map_dirty = false;
-                self.end_commit(step);
+                self.append(step);
             }
+            (Ok(_), Stage::Append) => self.sync_map(Stage::Map, step),
+            (Ok(_), Stage::Map) => self.end_commit(step),
         }
     }
 
     fn data_synced(&mut self, step: &mut Step) {
+        if self.map_dirty { self.sync_map(Stage::Inherited, step) } else { self.append(step) }
+    }
+
+    fn append(&mut self, step: &mut Step) {
         let Commit::Running { stage, cut, waiters, end } = &mut self.commit else { return };
         if cut.is_empty() {
-            return if self.map_dirty { self.sync_map(step) } else { self.end_commit(step) };
+            return self.end_commit(step);
         }
         let (bytes, next) = log::encode(&self.log, cut);
         let offset = self.log_offset + self.log.offset();
@@ -154,9 +156,9 @@ impl Core {
         self.act(step, owner, Pending::Commit, ActionKind::AppendLog { offset, bytes });
     }
 
-    fn sync_map(&mut self, step: &mut Step) {
+    fn sync_map(&mut self, now: Stage, step: &mut Step) {
         let Commit::Running { stage, waiters, .. } = &mut self.commit else { return };
-        *stage = Stage::Map;
+        *stage = now;
         let owner = waiters.first().copied();
         self.act(step, owner, Pending::Commit, ActionKind::SyncMap);
     }
@@ -168,10 +170,15 @@ impl Core {
             return;
         };
         self.log = end;
+        // Only a record that was added asks anew: a full disk is not asked again and again for the same room.
+        if !cut.is_empty() && self.log.used * 2 > self.log.sectors {
+            self.checkpoint_wanted = true;
+        }
         match std::mem::replace(&mut self.checkpoint, Checkpoint::Idle) {
             Checkpoint::Cut { bytes, header } => {
+                let log_len = header.log_len;
                 self.checkpoint = Checkpoint::Staging { header, tail: Vec::new() };
-                self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len: MAP_LOG_MAX });
+                self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len });
             }
             mut other => {
                 if let Checkpoint::Staging { tail, .. } | Checkpoint::Staged { tail, .. } = &mut other
@@ -227,6 +234,8 @@ impl Core {
                 self.log = end;
                 self.log_offset = header.log_offset;
                 self.map_dirty = false;
+                // What wanted one while this was under way looks again.
+                self.checkpoint_wanted = false;
             }
             // Nobody knows which of the two files the next opening finds, so no further commit may be answered.
             (Err(error), _) => self.fail(step, &error),

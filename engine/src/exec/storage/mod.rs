@@ -6,6 +6,7 @@
 //! new name needs a sync of its directory, a sync that failed cannot be repeated.
 
 pub mod file;
+pub mod memory;
 
 use std::{fmt, path::Path, sync::Arc};
 
