@@ -8,6 +8,7 @@ mod disk;
 mod download;
 mod origin;
 mod peer;
+mod random;
 mod restart;
 
 use std::{
