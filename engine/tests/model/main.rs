@@ -10,7 +10,10 @@
 //! workloads.
 
 mod cells;
+mod crashes;
 mod disk;
+mod enumerated;
+mod pairs;
 mod random;
 
 /// A number from the environment.
