@@ -49,13 +49,13 @@ pub fn each_crash(
     }
     let combinations = groups.iter().try_fold(1usize, |product, outcomes| product.checked_mul(*outcomes));
     // Which names survive decides which files are asked about, so outcomes are found by effect, not by order.
-    let index: HashMap<String, usize> =
-        effects.iter().zip(&group_of).map(|((effect, _), group)| (format!("{effect:?}"), *group)).collect();
+    let index: HashMap<Effect, usize> =
+        effects.iter().zip(&group_of).map(|((effect, _), group)| (*effect, *group)).collect();
     let mut count = 0;
     let mut run = |choice: &[usize]| {
         count += 1;
         check(storage.crash(|effect, outcomes| {
-            index.get(&format!("{effect:?}")).map_or(0, |group| choice[*group].min(outcomes - 1))
+            index.get(&effect).map_or(0, |group| choice[*group].min(outcomes - 1))
         }));
     };
     match combinations {

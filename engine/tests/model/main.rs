@@ -13,6 +13,7 @@ mod cells;
 mod crashes;
 mod disk;
 mod enumerated;
+mod life;
 mod pairs;
 mod random;
 
