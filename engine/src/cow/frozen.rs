@@ -48,7 +48,7 @@ enum FrozenLeaf {
     Mixed(Arc<Palette>),
 }
 
-/// `bits` per block, an index into `values`; blocks do not straddle words.
+/// `bits` per block, 0 or a power of two: an index into `values`.
 #[derive(Debug)]
 struct Palette {
     values: Vec<Value>,
@@ -57,16 +57,14 @@ struct Palette {
 }
 
 impl Palette {
-    fn per_word(&self) -> u64 {
-        u64::from(64 / self.bits)
-    }
-
     fn get(&self, bit: u64) -> Value {
         if self.bits == 0 {
             return self.values[0];
         }
-        let word = self.words[to_usize(bit / self.per_word())];
-        let shift = (bit % self.per_word()) * u64::from(self.bits);
+        // `bits` and so the blocks of a word are powers of two.
+        let per_word_log2 = 6 - self.bits.trailing_zeros();
+        let word = self.words[to_usize(bit >> per_word_log2)];
+        let shift = (bit & ((1 << per_word_log2) - 1)) * u64::from(self.bits);
         self.values[to_usize((word >> shift) & ((1 << self.bits) - 1))]
     }
 
@@ -84,7 +82,10 @@ impl Palette {
             }
             indexes.push(last.1);
         }
-        let bits = usize::BITS - (values.len() - 1).leading_zeros();
+        let bits = match usize::BITS - (values.len() - 1).leading_zeros() {
+            0 => 0,
+            bits => bits.next_power_of_two(),
+        };
         let words = match bits {
             0 => Vec::new(),
             _ => indexes

@@ -47,13 +47,13 @@ pub enum Bitmap<'a> {
 }
 
 impl Bitmap<'_> {
-    fn word(&self, word: usize) -> u64 {
+    fn words(&self) -> [u64; LEAF_WORDS] {
         match self {
-            Bitmap::None => 0,
-            Bitmap::All => u64::MAX,
+            Bitmap::None => [0; LEAF_WORDS],
+            Bitmap::All => [u64::MAX; LEAF_WORDS],
             Bitmap::Bits(bytes) => {
-                let (words, _) = bytes.as_chunks::<8>();
-                u64::from_le_bytes(words[word])
+                let (chunks, _) = bytes.as_chunks::<8>();
+                std::array::from_fn(|word| u64::from_le_bytes(chunks[word]))
             }
         }
     }
@@ -179,24 +179,24 @@ impl HeadIndex {
         let Some(blocks) = self.block_count.0.checked_sub(start).map(|left| left.min(LEAF_BLOCKS)) else {
             return false;
         };
-        let sound = (0..LEAF_WORDS).all(|word| {
+        let (data_words, zero_words) = (data.words(), zero.words());
+        let both = data_words.iter().zip(&zero_words).fold(0, |both, (data, zero)| both | (data & zero));
+        let past = (0..LEAF_WORDS).skip(to_usize(blocks / 64)).fold(0, |past, word| {
             let inside = blocks.saturating_sub(word as u64 * 64).min(64);
-            let past = if inside == 64 { 0 } else { u64::MAX << inside };
-            data.word(word) & zero.word(word) == 0 && (data.word(word) | zero.word(word)) & past == 0
+            let outside = if inside == 64 { 0 } else { u64::MAX << inside };
+            past | ((data_words[word] | zero_words[word]) & outside)
         });
-        let leaf = Leaf::default();
-        leaf.all_hidden.store(matches!(zero, Bitmap::All), Ordering::Relaxed);
-        for (bits, slot) in [(data, &leaf.data), (zero, &leaf.hidden)] {
-            if matches!(bits, Bitmap::Bits(_))
-                || (matches!(bits, Bitmap::All) && std::ptr::eq(slot, &leaf.data))
-            {
-                let words = slot.get_or_init(new_bits);
-                for (word, place) in words.iter().enumerate() {
-                    place.store(bits.word(word), Ordering::Relaxed);
-                }
-            }
+        if both | past != 0 {
+            return false;
         }
-        sound && self.leaves.get(number).is_some_and(|slot| slot.set(Arc::new(leaf)).is_ok())
+        let leaf = Leaf { all_hidden: AtomicBool::new(matches!(zero, Bitmap::All)), ..Leaf::default() };
+        if !matches!(data, Bitmap::None) {
+            let _ = leaf.data.set(Box::new(data_words.map(AtomicU64::new)));
+        }
+        if matches!(zero, Bitmap::Bits(_)) {
+            let _ = leaf.hidden.set(Box::new(zero_words.map(AtomicU64::new)));
+        }
+        self.leaves.get(number).is_some_and(|slot| slot.set(Arc::new(leaf)).is_ok())
     }
 
     pub fn block_count(&self) -> BlockCount {

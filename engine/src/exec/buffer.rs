@@ -5,6 +5,8 @@
 
 use std::cell::RefCell;
 
+use crate::units::BLOCK_BYTES;
+
 /// Every device's memory alignment divides this.
 pub const BUFFER_ALIGN: usize = 4096;
 /// Bytes of a thread's scratch buffer; longer requests go through it piece by piece.
@@ -43,6 +45,12 @@ impl std::ops::DerefMut for AlignedBuffer {
 /// Whether direct I/O can use these bytes where they are.
 pub fn is_aligned(bytes: &[u8], align: usize) -> bool {
     bytes.as_ptr().align_offset(align) == 0
+}
+
+/// Whether a block, or a part of one, holds only zeros.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+    bytes.chunks(BLOCK_BYTES).all(|chunk| chunk == &ZEROS[..chunk.len()])
 }
 
 /// Run `work` with this thread's scratch buffer, whose content is arbitrary. Not to be nested.

@@ -5,7 +5,11 @@
 
 use std::borrow::Cow;
 
-use super::{buffer::AlignedBuffer, head::HeadFiles, view::View};
+use super::{
+    buffer::{AlignedBuffer, is_zero},
+    head::HeadFiles,
+    view::View,
+};
 use crate::{
     cow::{
         core::{ActionKind, Edge, Output, Payload},
@@ -141,7 +145,7 @@ fn nonzero_blocks(buffer: &[u8], start: ByteOffset, range: ByteRange, runs: &mut
     let touched = range.blocks_touched();
     for number in touched.start.0..touched.end().0 {
         let at = to_usize(number * BLOCK_SIZE - start.0);
-        if buffer[at..at + BLOCK_BYTES].iter().all(|byte| *byte == 0) {
+        if is_zero(&buffer[at..at + BLOCK_BYTES]) {
             continue;
         }
         match runs.last_mut() {

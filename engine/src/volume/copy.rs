@@ -10,10 +10,13 @@ use super::{
     record::{LayerRef, check_user_name},
 };
 use crate::{
-    cow::{BlockState, map::MAP_LOG_MAX, map::log::LogEnd},
+    cow::{
+        BlockState,
+        map::{checkpoint::LogLen, log::LogEnd},
+    },
     device::{BlockDevice, ExtentKind},
     error::{Error, Result},
-    exec::buffer::AlignedBuffer,
+    exec::buffer::{AlignedBuffer, is_zero},
     units::{BLOCK_BYTES, Block, BlockCount, BlockRange, ByteLen, ByteRange},
 };
 
@@ -38,7 +41,7 @@ impl Disk {
         let copied = copy_all(&source, &head, &mut progress).and_then(|()| {
             head.data.sync()?;
             let (header, map) =
-                layer::stage_map(&*self.storage, head.uuid, &head.log, &head.index, MAP_LOG_MAX)?;
+                layer::stage_map(&*self.storage, head.uuid, &head.log, &head.index, LogLen::LIVE)?;
             crate::exec::head::publish_map(&*self.storage, &layer::dir(head.uuid))?;
             (head.log, head.log_offset, head.map) = (LogEnd::start(&header), header.log_offset, map);
             Ok(())
@@ -102,7 +105,7 @@ fn copy_piece(
         source.read_at(&mut buffer[..inside.len.as_usize()], inside.start.0)?;
     }
     for (bytes, number) in buffer.chunks(BLOCK_BYTES).zip(piece.start.0..) {
-        if bytes.iter().any(|byte| *byte != 0) {
+        if !is_zero(bytes) {
             to.data.write_at(bytes, Block(number).offset().0)?;
             to.index.set(BlockRange::new(number, 1), BlockState::Data);
         }

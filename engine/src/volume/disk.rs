@@ -62,7 +62,7 @@ pub struct Disk {
     pub(super) life: Mutex<()>,
     tree: Mutex<Tree>,
     /// Held until the disk is dropped.
-    _lock: Option<Flock<File>>,
+    _lock: Option<Arc<Flock<File>>>,
 }
 
 impl std::fmt::Debug for Disk {
@@ -71,25 +71,34 @@ impl std::fmt::Debug for Disk {
     }
 }
 
-impl Disk {
+/// A disk that this process has locked, and serves nothing of yet: its id is known before anything needs an image.
+pub struct Held {
+    storage: Arc<dyn Storage>,
+    record: DiskRecord,
+    lock: Option<Arc<Flock<File>>>,
+}
+
+impl Held {
     /// Take the directory `path`. An empty one becomes a disk. Refused while another process holds it.
-    pub fn open(path: &Path, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
+    pub fn take(path: &Path) -> Result<Held> {
         let lock = lock(path)?;
         let storage = Arc::new(FileStorage::open(path)?);
-        Disk::start(storage, bases, Some(lock))
+        Held::over(storage, Some(Arc::new(lock)))
     }
 
-    /// The same over any storage, without a lock between processes.
-    pub fn open_storage(storage: Arc<dyn Storage>, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
-        Disk::start(storage, bases, None)
-    }
-
-    fn start(
-        storage: Arc<dyn Storage>,
-        bases: Arc<dyn BaseSource>,
-        lock: Option<Flock<File>>,
-    ) -> Result<Arc<Disk>> {
+    fn over(storage: Arc<dyn Storage>, lock: Option<Arc<Flock<File>>>) -> Result<Held> {
         let record = initialise(&*storage)?;
+        Ok(Held { storage, record, lock })
+    }
+
+    pub fn id(&self) -> Uuid {
+        self.record.id
+    }
+
+    /// Open its volumes, over the images that `bases` has. The lock is held until both this and the disk are dropped.
+    pub fn serve(&self, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
+        let Held { storage, record, lock } = self;
+        let (storage, record, lock) = (storage.clone(), record.clone(), lock.clone());
         let disk = Arc::new(Disk {
             reserve: Arc::new(Reserve::take(storage.clone())?),
             housekeeper: Arc::new(Housekeeper::start()?),
@@ -105,6 +114,31 @@ impl Disk {
         disk.collect();
         disk.drop_temporary_snapshots();
         Ok(disk)
+    }
+}
+
+impl Disk {
+    /// [`Held::take`] and [`Held::serve`] in one, for users whose images are at hand.
+    pub fn open(path: &Path, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
+        Held::take(path)?.serve(bases)
+    }
+
+    /// The same over any storage, without a lock between processes.
+    pub fn open_storage(storage: Arc<dyn Storage>, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
+        Held::over(storage, None)?.serve(bases)
+    }
+
+    /// Try again to open a volume that could not be opened, for a reason that has passed. Without one there is nothing
+    /// to do.
+    pub fn reopen(&self, volume: &str) -> Result<()> {
+        let _life = self.life();
+        let broken = self.tree().broken.iter().find(|broken| broken.name == volume).cloned();
+        let Some(Broken { record: Some(record), .. }) = broken else { return Ok(()) };
+        let opened = self.open_volume(record.clone())?;
+        let mut tree = self.tree();
+        tree.broken.retain(|broken| broken.name != volume);
+        tree.volumes.insert(record.name, Arc::new(opened));
+        Ok(())
     }
 
     pub fn id(&self) -> Uuid {

@@ -9,16 +9,17 @@ use std::sync::PoisonError;
 use super::{
     device::{Volume, VolumeInfo},
     disk::Disk,
-    layer::{self, SEALED_LOG_LEN},
+    layer,
 };
 use crate::{
     cow::{
         BlockState,
         core::{COPY_BLOCKS_MAX, CopySource},
+        map::checkpoint::LogLen,
     },
     device::{BlockDevice, ExtentKind},
     error::{Error, Result},
-    exec::buffer::AlignedBuffer,
+    exec::buffer::{AlignedBuffer, is_zero},
     image::BaseImage,
     units::{BLOCK_BYTES, Block, BlockCount, BlockRange, ByteLen, ByteRange},
 };
@@ -105,7 +106,7 @@ impl Disk {
         });
         // Also when it was stopped or failed: what was copied is not copied again.
         layer.data.sync()?;
-        layer::rewrite_map(&*self.storage, bottom, &layer.log, &layer.index, SEALED_LOG_LEN)?;
+        layer::rewrite_map(&*self.storage, bottom, &layer.log, &layer.index, LogLen::Sealed)?;
         copied
     }
 }
@@ -152,7 +153,7 @@ fn copy_base(base: &dyn BaseImage, layer: &layer::Layer, run: BlockRange) -> Res
             base.read_at(&mut buffer[..inside.len.as_usize()], inside.start.0)?;
         }
         for (bytes, number) in buffer.chunks(BLOCK_BYTES).zip(start.0..) {
-            if bytes.iter().any(|byte| *byte != 0) {
+            if !is_zero(bytes) {
                 let block = BlockRange::new(number, 1);
                 layer.data.write_at(bytes, block.start.offset().0)?;
                 layer.index.set(block, BlockState::Data);

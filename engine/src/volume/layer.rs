@@ -8,9 +8,8 @@ use crate::{
     cow::{
         head::HeadIndex,
         map::{
-            MAP_LOG_MAX,
-            checkpoint::{self, HEADER_LEN, Header},
-            log::{self, LOG_SECTOR_LEN, LogEnd},
+            checkpoint::{self, Bitmaps, HEADER_LEN, Header, LogLen},
+            log::{self, LogEnd},
         },
     },
     error::{Corruption, Error, Result},
@@ -55,8 +54,8 @@ pub fn create(storage: &dyn Storage, layer: Uuid, blocks: BlockCount) -> Result<
     let data = storage.open(&data_path(&dir), Open::CreateDirect)?;
     data.set_len(blocks.len().0)?;
     let index = HeadIndex::new(blocks);
-    let (bytes, header) = checkpoint::encode(layer, 1, 0, &index, MAP_LOG_MAX);
-    let map = write_map(storage, &dir, &bytes, MAP_LOG_MAX)?;
+    let (bytes, header) = checkpoint::encode(layer, 1, 0, &index, LogLen::LIVE);
+    let map = write_map(storage, &dir, &bytes, header.log_len)?;
     publish_map(storage, &dir)?;
     storage.sync_dir(LAYERS)?;
     let (log, log_offset) = (LogEnd::start(&header), header.log_offset);
@@ -88,11 +87,10 @@ pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
     let bitmaps_at = HEADER_LEN as u64 + directory.len() as u64;
     let mut ahead =
         ReadAhead { file: &*map, at: bitmaps_at, end: header.log_offset, buffer: Vec::new(), used: 0 };
-    let (index, lost) =
-        checkpoint::decode(&header, &directory, |count| ahead.take(count)).map_err(|fault| match fault {
-            DecodeFault::Corrupt(what) => corrupt(what, HEADER_LEN as u64),
-            DecodeFault::Storage(error) => error,
-        })?;
+    let (index, lost) = checkpoint::decode(&header, &directory, &mut ahead).map_err(|fault| match fault {
+        DecodeFault::Corrupt(what) => corrupt(what, HEADER_LEN as u64),
+        DecodeFault::Storage(error) => error,
+    })?;
     let mut log = vec![0; to_usize(header.log_len)];
     map.read_at(&mut log, header.log_offset)?;
     let damaged_leaf = lost.first().map(|range| format!("a bitmap of the map is damaged ({range})"));
@@ -135,11 +133,11 @@ pub fn stage_map(
     layer: Uuid,
     end: &LogEnd,
     index: &HeadIndex,
-    log_len: u64,
+    log_len: LogLen,
 ) -> Result<(Header, Arc<dyn StorageFile>)> {
     let dir = dir(layer);
     let (bytes, header) = checkpoint::encode(layer, end.generation + 1, end.sequence, index, log_len);
-    let map = write_map(storage, &dir, &bytes, log_len)?;
+    let map = write_map(storage, &dir, &bytes, header.log_len)?;
     Ok((header, map))
 }
 
@@ -149,15 +147,12 @@ pub fn rewrite_map(
     layer: Uuid,
     end: &LogEnd,
     index: &HeadIndex,
-    log_len: u64,
+    log_len: LogLen,
 ) -> Result<LogEnd> {
     let (header, _) = stage_map(storage, layer, end, index, log_len)?;
     publish_map(storage, &dir(layer))?;
     Ok(LogEnd::start(&header))
 }
-
-/// The log of a layer that takes no more writes.
-pub const SEALED_LOG_LEN: u64 = LOG_SECTOR_LEN as u64;
 
 /// Remove a layer's files. Nothing refers to it; what a crash leaves of it is collected at the next start.
 pub fn remove(storage: &dyn Storage, layer_dir: &str) -> Result<()> {
@@ -187,8 +182,10 @@ impl From<Corruption> for DecodeFault {
     }
 }
 
-impl ReadAhead<'_> {
-    fn take(&mut self, count: usize) -> Result<Vec<u8>, DecodeFault> {
+impl Bitmaps for ReadAhead<'_> {
+    type Error = DecodeFault;
+
+    fn take(&mut self, count: usize) -> Result<&[u8], DecodeFault> {
         if self.buffer.len() - self.used < count {
             let mut rest = self.buffer.split_off(self.used);
             let kept = rest.len();
@@ -199,8 +196,7 @@ impl ReadAhead<'_> {
             (self.buffer, self.used) = (rest, 0);
         }
         let bytes = self.buffer.get(self.used..self.used + count);
-        let bytes = bytes.ok_or(DecodeFault::Corrupt(Corruption::Truncated("map bitmaps")))?.to_vec();
         self.used += count;
-        Ok(bytes)
+        bytes.ok_or(DecodeFault::Corrupt(Corruption::Truncated("map bitmaps")))
     }
 }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     device::{Backend, Snapshot, Volume, VolumeInfo},
     disk::{Disk, LayerParts, TEMPORARY, VOLUME_RECORD, VOLUMES, remove_volume_dir},
-    layer::{self, Layer, SEALED_LOG_LEN},
+    layer::{self, Layer},
     record::{
         self, FORMAT_VERSION, ImageRef, LAYERS_MAX, LayerRef, Replaced, SnapshotRecord, VolumeRecord,
         check_user_name,
@@ -25,7 +25,7 @@ use crate::{
     cow::{
         core::Synced,
         head::HeadIndex,
-        map::{MAP_LOG_MAX, log::LogEnd},
+        map::{checkpoint::LogLen, log::LogEnd},
     },
     error::{Error, Result},
     exec::{
@@ -189,7 +189,7 @@ impl Disk {
         files.data.set_len(size.blocks_ceil().len().0)?;
         // A map of more blocks than the volume has is sound, so the record can follow it.
         let end = executor.log_end();
-        let staged = layer::stage_map(&*self.storage, record.head, &end, &index, MAP_LOG_MAX)?;
+        let staged = layer::stage_map(&*self.storage, record.head, &end, &index, LogLen::LIVE)?;
         // From the rename on, the map on the disk may be another file than the one that is open.
         let published = publish_map(&*self.storage, &layer::dir(record.head)).map(|()| staged);
         let (header, map) = match published {
@@ -310,7 +310,7 @@ impl Disk {
         let index = self.switch_head(volume, executor, barrier, record, head)?;
         tracing::debug!(volume = %volume.name(), pause = ?paused.elapsed(), "frozen");
         // Its log is not needed any more. Failing leaves it as it is, which reads the same.
-        if let Err(error) = layer::rewrite_map(&*self.storage, frozen, &end, &index, SEALED_LOG_LEN) {
+        if let Err(error) = layer::rewrite_map(&*self.storage, frozen, &end, &index, LogLen::Sealed) {
             tracing::warn!(layer = %frozen, %error, "the frozen layer keeps its log");
         }
         Ok(frozen)

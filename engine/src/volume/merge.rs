@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::{
     device::{Backend, Volume},
     disk::Disk,
-    layer::{self, Layer, SEALED_LOG_LEN},
+    layer::{self, Layer},
     record::VolumeRecord,
 };
 use crate::{
@@ -28,6 +28,7 @@ use crate::{
         BlockState,
         core::{COPY_BLOCKS_MAX, CopySource},
         frozen::Slot,
+        map::checkpoint::LogLen,
         plan::Index,
     },
     device::BlockDevice,
@@ -217,7 +218,7 @@ impl Disk {
     /// Make what came up into a frozen layer durable, data first.
     fn replace_map(&self, upper: &mut Layer) -> Result<()> {
         upper.data.sync()?;
-        upper.log = layer::rewrite_map(&*self.storage, upper.uuid, &upper.log, &upper.index, SEALED_LOG_LEN)?;
+        upper.log = layer::rewrite_map(&*self.storage, upper.uuid, &upper.log, &upper.index, LogLen::Sealed)?;
         Ok(())
     }
 

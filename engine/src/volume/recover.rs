@@ -6,18 +6,13 @@
 
 use uuid::Uuid;
 
-use super::{
-    device::VolumeInfo,
-    disk::Disk,
-    layer::{self, SEALED_LOG_LEN},
-};
+use super::{device::VolumeInfo, disk::Disk, layer};
 use crate::{
     cow::{
         BlockState,
         head::HeadIndex,
         map::{
-            MAP_LOG_MAX,
-            checkpoint::{self, HEADER_LEN, Header},
+            checkpoint::{self, HEADER_LEN, Header, LogLen},
             log::LogEnd,
         },
     },
@@ -66,7 +61,7 @@ impl Disk {
         };
         let mut layers = Vec::new();
         for layer in &record.layers {
-            let log_len = if layer.uuid == record.head { MAP_LOG_MAX } else { SEALED_LOG_LEN };
+            let log_len = if layer.uuid == record.head { LogLen::LIVE } else { LogLen::Sealed };
             layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
             self.tree().forget_indexes(layer.uuid);
         }
@@ -100,7 +95,7 @@ fn recover_layer(
     storage: &dyn Storage,
     uuid: Uuid,
     size: ByteLen,
-    log_len: u64,
+    log_len: LogLen,
 ) -> Result<Option<RecoveredLayer>> {
     let dir = layer::dir(uuid);
     let (index, end, lost, reason, data) = match layer::open(storage, uuid) {
@@ -131,8 +126,8 @@ fn recover_layer(
         }
     }
     data.sync()?;
-    let (bytes, _) = checkpoint::encode(uuid, end.generation + 1, end.sequence, &index, log_len);
-    write_map(storage, &dir, &bytes, log_len)?;
+    let (bytes, header) = checkpoint::encode(uuid, end.generation + 1, end.sequence, &index, log_len);
+    write_map(storage, &dir, &bytes, header.log_len)?;
     publish_map(storage, &dir)?;
     match storage.remove_file(&failed_path(&dir)) {
         Err(error) if !error.is_not_found() => return Err(error),

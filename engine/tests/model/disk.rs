@@ -11,7 +11,7 @@ use bedplate_engine::{
         frozen::{FrozenIndex, Slot},
         head::HeadIndex,
         map::{
-            checkpoint::{self, HEADER_LEN, Header},
+            checkpoint::{self, HEADER_LEN, Header, LogLen},
             log::{self, LogEnd, Replayed},
         },
         plan::Index,
@@ -91,8 +91,8 @@ pub fn create_layer(storage: &dyn Storage, layer: u32, size: u64, log_len: u64) 
     data.set_len(blocks.len().0)?;
     data.sync()?;
     let index = HeadIndex::new(blocks);
-    let (bytes, _) = checkpoint::encode(uuid_of(layer), 1, 0, &index, log_len);
-    write_map(storage, &dir, &bytes, log_len)?;
+    let (bytes, header) = checkpoint::encode(uuid_of(layer), 1, 0, &index, LogLen::Live { least: log_len });
+    write_map(storage, &dir, &bytes, header.log_len)?;
     publish_map(storage, &dir)?;
     storage.sync_dir("layers")
 }
@@ -114,13 +114,10 @@ fn corrupt(what: Corruption) -> Error {
 pub fn decode_map(bytes: &[u8]) -> Result<(Header, HeadIndex, Replayed), Corruption> {
     let start = bytes.first_chunk::<HEADER_LEN>().ok_or(Corruption::Truncated("map header"))?;
     let header = Header::parse(start, bytes.len() as u64)?;
-    let mut at = HEADER_LEN + header.directory_len();
+    let at = HEADER_LEN + header.directory_len();
     let directory = bytes.get(HEADER_LEN..at).ok_or(Corruption::Truncated("map directory"))?;
-    let (index, lost) = checkpoint::decode(&header, directory, |len| {
-        let part = bytes.get(at..at + len).ok_or(Corruption::Truncated("map bitmaps"))?;
-        at += len;
-        Ok::<_, Corruption>(part.to_vec())
-    })?;
+    let mut bitmaps = bytes.get(at..).ok_or(Corruption::Truncated("map bitmaps"))?;
+    let (index, lost) = checkpoint::decode(&header, directory, &mut bitmaps)?;
     let log_at = usize::try_from(header.log_offset).expect("checked against the file");
     let log_end = log_at + usize::try_from(header.log_len).expect("checked against the file");
     let replayed = log::replay(&header, &bytes[log_at..log_end], &index, lost);

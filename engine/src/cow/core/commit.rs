@@ -14,7 +14,8 @@ use crate::{
         BlockState,
         changes::Changes,
         map::{
-            checkpoint::{self, Header},
+            MAP_LOG_MIN,
+            checkpoint::{self, Header, LogLen},
             log::{self, LogEnd},
         },
     },
@@ -96,13 +97,10 @@ impl Core {
         if checkpoint {
             self.checkpoint_wanted = false;
             let sequence = self.log.sequence + u64::from(!cut.is_empty());
-            let (bytes, header) = checkpoint::encode(
-                self.layer,
-                self.log.generation + 1,
-                sequence,
-                &self.index.head,
-                self.log.log_len(),
-            );
+            let generation = self.log.generation + 1;
+            let log_len = LogLen::Live { least: self.log.log_len().min(MAP_LOG_MIN) };
+            let (bytes, header) =
+                checkpoint::encode(self.layer, generation, sequence, &self.index.head, log_len);
             self.checkpoint = Checkpoint::Cut { bytes, header };
         }
         // A change of several parts may land after a commit that has synced those which were written by then.
@@ -178,8 +176,8 @@ impl Core {
         }
         match std::mem::replace(&mut self.checkpoint, Checkpoint::Idle) {
             Checkpoint::Cut { bytes, header } => {
+                let log_len = header.log_len;
                 self.checkpoint = Checkpoint::Staging { header, tail: Vec::new() };
-                let log_len = self.log.log_len();
                 self.act(step, None, Pending::Stage, ActionKind::StageMap { bytes, log_len });
             }
             mut other => {
@@ -236,6 +234,8 @@ impl Core {
                 self.log = end;
                 self.log_offset = header.log_offset;
                 self.map_dirty = false;
+                // What wanted one while this was under way looks again.
+                self.checkpoint_wanted = false;
             }
             // Nobody knows which of the two files the next opening finds, so no further commit may be answered.
             (Err(error), _) => self.fail(step, &error),

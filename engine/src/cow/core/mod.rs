@@ -42,6 +42,9 @@ use crate::{
 
 /// Operations of one volume at a time, under way or queued.
 pub const OPS_MAX: usize = 1024;
+/// Changes of one volume that are admitted at a time. Each may need a sector of the log, of which there are at least
+/// four times as many.
+pub const IN_FLIGHT_MAX: usize = 128;
 /// Blocks of one [`Op::CopyUp`].
 pub const COPY_BLOCKS_MAX: u64 = 256;
 /// Runs over [`u32::MAX`] blocks take several log entries; 64 TiB take at most this many more.
@@ -425,6 +428,7 @@ impl Core {
     fn admit(&mut self, step: &mut Step) -> bool {
         let mut moved = false;
         while self.admission == Admission::Open
+            && self.in_flight < IN_FLIGHT_MAX
             && let Some(&id) = self.queue.front()
             && let Some(OpState::Queued(op)) = self.ops.get(&id)
         {

@@ -5,7 +5,7 @@
 
 use uuid::Uuid;
 
-use super::{Fields, MAP_LOG_MAX, checksum, seal};
+use super::{Fields, MAP_LOG_MAX, MAP_LOG_MIN, checksum, log::LOG_SECTOR_LEN, seal};
 use crate::{
     cow::{
         LEAF_BITMAP_BYTES, LEAF_BLOCKS, LEAF_WORDS,
@@ -37,6 +37,21 @@ pub struct Header {
     pub log_len: u64,
     /// Checksum of the header itself: the predecessor of the first log sector.
     pub checksum: u32,
+}
+
+/// How long a log a new map file gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogLen {
+    /// For a head: a quarter of the checkpoint, at least this and at most [`MAP_LOG_MAX`], so that writing checkpoints
+    /// never costs more than a few times what the log does.
+    Live { least: u64 },
+    /// For a layer that takes no more writes: one sector.
+    Sealed,
+}
+
+impl LogLen {
+    /// What a head's map file gets.
+    pub const LIVE: LogLen = LogLen::Live { least: MAP_LOG_MIN };
 }
 
 /// What a directory says of one leaf.
@@ -159,7 +174,7 @@ pub fn encode(
     generation: u64,
     sequence: u64,
     index: &HeadIndex,
-    log_len: u64,
+    log_len: LogLen,
 ) -> (Vec<u8>, Header) {
     let mut directory = Vec::new();
     let mut bitmaps = Vec::new();
@@ -179,7 +194,12 @@ pub fn encode(
             } else if full && words.iter().all(|word| *word == u64::MAX) {
                 1
             } else {
-                bitmaps.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+                let at = bitmaps.len();
+                bitmaps.resize(at + LEAF_BITMAP_BYTES, 0);
+                let (places, _) = bitmaps[at..].as_chunks_mut::<8>();
+                for (place, word) in places.iter_mut().zip(words) {
+                    *place = word.to_le_bytes();
+                }
                 2
             }
         });
@@ -197,6 +217,10 @@ pub fn encode(
     let directory_checksum = crc32c::crc32c(&directory);
     let log_offset =
         (HEADER_LEN + directory.len() + bitmaps.len()).next_multiple_of(to_usize(LOG_ALIGN)) as u64;
+    let log_len = match log_len {
+        LogLen::Live { least } => (log_offset / 4).next_multiple_of(LOG_ALIGN).clamp(least, MAP_LOG_MAX),
+        LogLen::Sealed => LOG_SECTOR_LEN as u64,
+    };
     let mut bytes = Vec::with_capacity(to_usize(log_offset));
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_le_bytes());
@@ -228,13 +252,32 @@ pub fn encode(
     (bytes, header)
 }
 
-/// The index that directory and bitmaps describe, and the blocks of leaves whose bitmaps are damaged. `next` gives the
-/// next `n` bytes of the file after the directory; its errors are passed on.
-pub fn decode<E: From<Corruption>>(
+/// Gives a file's bytes in order.
+pub trait Bitmaps {
+    type Error: From<Corruption>;
+
+    /// The next `count` bytes, at most two bitmaps.
+    fn take(&mut self, count: usize) -> Result<&[u8], Self::Error>;
+}
+
+/// The file's bytes after the directory, in memory.
+impl Bitmaps for &[u8] {
+    type Error = Corruption;
+
+    fn take(&mut self, count: usize) -> Result<&[u8], Corruption> {
+        let (bytes, rest) = self.split_at_checked(count).ok_or(Corruption::Truncated("map bitmaps"))?;
+        *self = rest;
+        Ok(bytes)
+    }
+}
+
+/// The index that directory and bitmaps describe, and the blocks of leaves whose bitmaps are damaged. `bitmaps` are the
+/// bytes that follow the directory.
+pub fn decode<B: Bitmaps>(
     header: &Header,
     directory: &[u8],
-    mut next: impl FnMut(usize) -> Result<Vec<u8>, E>,
-) -> Result<(HeadIndex, Vec<BlockRange>), E> {
+    bitmaps: &mut B,
+) -> Result<(HeadIndex, Vec<BlockRange>), B::Error> {
     if crc32c::crc32c(directory) != header.directory_checksum {
         return Err(Corruption::Checksum("map directory").into());
     }
@@ -254,8 +297,7 @@ pub fn decode<E: From<Corruption>>(
         if at > header.log_offset {
             return Err(Corruption::Truncated("map bitmaps").into());
         }
-        let bitmaps = next(len)?;
-        if !entry.load(&index, &bitmaps) {
+        if !entry.load(&index, bitmaps.take(len)?) {
             let start = number * LEAF_BLOCKS;
             lost.push(BlockRange::new(start, LEAF_BLOCKS.min(header.block_count.0 - start)));
         }

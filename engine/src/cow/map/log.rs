@@ -79,7 +79,7 @@ pub fn sectors_of(entries: usize) -> u64 {
 pub fn encode(end: &LogEnd, changes: &Changes) -> (Vec<u8>, LogEnd) {
     let entries: Vec<(BlockRange, BlockState)> =
         changes.iter().flat_map(|(run, state)| split(run, state)).collect();
-    let count = u16::try_from(sectors_of(entries.len())).expect("a log has at most 512 sectors");
+    let count = u16::try_from(sectors_of(entries.len())).expect("a log has at most 2^14 sectors");
     let mut next = LogEnd { sequence: end.sequence + 1, ..*end };
     let mut bytes = Vec::with_capacity(usize::from(count) * LOG_SECTOR_LEN);
     for (part, chunk) in entries.chunks(ENTRIES_PER_SECTOR).enumerate() {
@@ -139,7 +139,7 @@ enum Found {
 
 impl Sector {
     fn read(bytes: &[u8], block_count: BlockCount) -> Found {
-        if bytes.iter().all(|byte| *byte == 0) {
+        if bytes == [0; LOG_SECTOR_LEN] {
             return Found::Unused;
         }
         Sector::parse(bytes, block_count).map_or(Found::Damaged, Found::Intact)

@@ -9,8 +9,10 @@ pub mod log;
 
 use crate::error::Corruption;
 
-/// Bytes of the log of a new map file.
-pub const MAP_LOG_MAX: u64 = 256 << 10;
+/// Bytes of the shortest log that a head's map has.
+pub const MAP_LOG_MIN: u64 = 256 << 10;
+/// Bytes of the longest log.
+pub const MAP_LOG_MAX: u64 = 8 << 20;
 
 /// Takes little-endian fields off the front of a slice.
 struct Fields<'a>(&'a [u8]);

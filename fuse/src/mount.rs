@@ -1,0 +1,361 @@
+//! A mount's life: made, served, told of changes, ended by us or by somebody else.
+//!
+//! Owns [`Mount`] and the thread that runs the transport. States: *serving* until the kernel ends the connection, then
+//! *ended* with the reason ([`Ended`]), which never changes again. Whoever ends it, open files are let go of then.
+//! Every wait has a deadline: [`Mount::stop`] unmounts; where that is refused it detaches and waits for the users to
+//! go; at the deadline it cuts them off.
+
+use std::{
+    fmt, fs,
+    fs::OpenOptions,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::AtomicBool,
+        mpsc::{self, SyncSender},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use fuser::{Config, Notifier, Session, SessionACL};
+use nix::{
+    errno::Errno,
+    libc,
+    unistd::{getgid, getuid},
+};
+
+use crate::{
+    classic::{Classic, Served},
+    connection,
+    error::{MountError, Result},
+    handles::{Handles, IoPath},
+    invalidate::{Change, Invalidator},
+    mountinfo::MountEntry,
+    namespace::{FileId, Namespace},
+    options::{MountOptions, THREADS_MAX},
+    tree::{Owner, Tree},
+};
+
+/// How long INIT may take.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+/// How long the serving threads may take to end once the connection is cut. Longer only if a device does not answer.
+const CUT_OFF_MAX: Duration = Duration::from_secs(5);
+/// How long a busy mount is asked again before it is detached: a scanner, or a process between fork and exec, is gone
+/// sooner than that.
+const BUSY_MAX: Duration = Duration::from_millis(300);
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// The deadline of a mount that is dropped without having been stopped.
+const DROP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Why a mount does not serve any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was unmounted, by us or by somebody else, and its last user has gone.
+    Unmounted,
+    /// Its connection was aborted.
+    Aborted,
+    /// The transport failed, with this error.
+    Failed(String),
+}
+
+/// How [`Mount::stop`] ended it. The names are those of the files that were open when it began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// Nobody used it.
+    Unmounted,
+    /// It was busy and therefore detached; the last user went before the deadline.
+    Drained { open: Vec<String> },
+    /// It was busy until the deadline: detached, and what was still open now gives errors.
+    CutOff { open: Vec<String> },
+    /// It had ended before.
+    Already(Ended),
+}
+
+/// A mount that serves, until it is stopped or dropped.
+pub struct Mount {
+    dir: PathBuf,
+    entry: MountEntry,
+    served: Arc<Served>,
+    end: Arc<End>,
+    invalidator: Invalidator,
+    /// Whether dropping it has nothing left to do.
+    stopped: bool,
+}
+
+/// The one-way switch from serving to ended.
+#[derive(Default)]
+struct End {
+    reason: Mutex<Option<Ended>>,
+    changed: Condvar,
+}
+
+impl Mount {
+    /// Mount `namespace` on `dir`, which is made if it is missing. A dead mount of ours on it is cleared away first; a
+    /// living one, a foreign one and a directory with files in it are refused.
+    pub fn start(dir: &Path, namespace: Arc<dyn Namespace>, options: MountOptions) -> Result<Mount> {
+        let dir = absolute(dir)?;
+        connection::clear_stale(&dir)?;
+        check_directory(&dir)?;
+        let served = Arc::new(Served {
+            namespace,
+            owner: Owner { uid: getuid().as_raw(), gid: getgid().as_raw() },
+            tree: Arc::new(Tree::default()),
+            handles: Handles::default(),
+            started: SystemTime::now(),
+            passthrough: AtomicBool::new(false),
+            options,
+        });
+        let device = OpenOptions::new().read(true).write(true).open(connection::DEVICE);
+        let device = OwnedFd::from(device.map_err(|e| MountError::io("open", connection::DEVICE, e))?);
+        let entry = connection::attach(&dir, device.as_fd(), served.options.sharing)?;
+        Mount::serve(dir.clone(), entry, device, served).inspect_err(|_| {
+            if let Err(error) = connection::detach(&dir) {
+                tracing::warn!(dir = %dir.display(), %error, "a mount that was given up stays");
+            }
+        })
+    }
+
+    /// The directory that it is mounted on.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The path of a file's bytes while it is open, else `None`.
+    pub fn io_path(&self, file: FileId) -> Option<IoPath> {
+        self.served.handles.io_path(file)
+    }
+
+    /// Files that are open through this mount.
+    pub fn open_files(&self) -> Vec<FileId> {
+        self.served.handles.open_files()
+    }
+
+    /// Tell the kernel of a change; the namespace shows it already. Waits until that is done, two seconds at most, and
+    /// says whether it was. Not to be called from within the [`Namespace`], nor holding a lock that it takes.
+    pub fn invalidate(&self, change: Change) -> bool {
+        self.invalidator.tell(change)
+    }
+
+    /// Why it ended; `None` while it serves.
+    pub fn ended(&self) -> Option<Ended> {
+        self.end.wait(Instant::now())
+    }
+
+    /// Wait for it to end, by whatever cause.
+    pub fn wait_ended(&self, timeout: Duration) -> Option<Ended> {
+        self.end.wait(Instant::now() + timeout)
+    }
+
+    /// Unmount, with all that `Stopped` says. Returns by `timeout` and at most a few seconds later.
+    pub fn stop(mut self, timeout: Duration) -> Stopped {
+        self.stopped = true;
+        self.stop_by(Instant::now() + timeout)
+    }
+
+    fn serve(dir: PathBuf, entry: MountEntry, device: OwnedFd, served: Arc<Served>) -> Result<Mount> {
+        let end = Arc::new(End::default());
+        let (ready, notifier) = mpsc::sync_channel(1);
+        let transport = Transport { device, served: served.clone(), end: end.clone(), entry: entry.clone() };
+        thread::Builder::new()
+            .name("fuse-transport".into())
+            .spawn(move || transport.run(&ready))
+            .map_err(MountError::Thread)?;
+        let notifier = notifier
+            .recv_timeout(HANDSHAKE_MAX)
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(|e| MountError::io("start serving", &dir, e))?;
+        connection::raise_read_ahead(entry.device);
+        let invalidator = Invalidator::start(notifier, served.tree.clone())?;
+        Ok(Mount { dir, entry, served, end, invalidator, stopped: false })
+    }
+
+    fn stop_by(&self, deadline: Instant) -> Stopped {
+        let open = self.open_names();
+        if let Some(ended) = self.ended() {
+            // An aborted connection leaves its mount behind.
+            self.in_helper("detach", connection::detach, Instant::now() + CUT_OFF_MAX);
+            return Stopped::Already(ended);
+        }
+        match self.unmount(deadline) {
+            Some(Ok(())) if self.end.wait(deadline).is_some() => return Stopped::Unmounted,
+            // Another mount namespace has a copy of it.
+            Some(Ok(())) => {}
+            Some(Err(Errno::EBUSY)) => {
+                tracing::warn!(dir = %self.dir.display(), ?open, "the mount is in use; it is detached");
+                self.in_helper("detach", connection::detach, deadline);
+                if self.end.wait(deadline).is_some() {
+                    return Stopped::Drained { open };
+                }
+            }
+            // Not mounted here any more, but still used; or the kernel waits for a device that does not answer.
+            Some(Err(_)) | None => {
+                if self.end.wait(deadline).is_some() {
+                    return Stopped::Drained { open };
+                }
+            }
+        }
+        self.cut_off();
+        Stopped::CutOff { open }
+    }
+
+    /// Unmount, asking again for a moment while it is busy.
+    fn unmount(&self, deadline: Instant) -> Option<nix::Result<()>> {
+        let busy_until = deadline.min(Instant::now() + BUSY_MAX);
+        loop {
+            let result = self.in_helper("unmount", connection::unmount, deadline);
+            if result != Some(Err(Errno::EBUSY)) || Instant::now() >= busy_until {
+                return result;
+            }
+            self.end.wait(Instant::now() + BUSY_PAUSE);
+        }
+    }
+
+    /// End the connection under its users' feet.
+    fn cut_off(&self) {
+        if let Err(error) = connection::abort(self.entry.device) {
+            tracing::warn!(dir = %self.dir.display(), %error, "the connection was not cut; it ends with this process");
+        }
+        let grace = Instant::now() + CUT_OFF_MAX;
+        self.in_helper("detach", connection::detach, grace);
+        if self.end.wait(grace).is_none() {
+            tracing::warn!(dir = %self.dir.display(), "a device does not answer; its thread is left behind");
+        }
+    }
+
+    /// Run a mount operation beside us, because it may wait in the kernel for requests to be served. It is done only
+    /// if the mount on `dir` is this one. `None`: not done by the deadline, or not started.
+    fn in_helper(
+        &self,
+        op: &'static str,
+        work: fn(&Path) -> nix::Result<()>,
+        deadline: Instant,
+    ) -> Option<nix::Result<()>> {
+        let (dir, device) = (self.dir.clone(), self.entry.device);
+        let (sender, done) = mpsc::sync_channel(1);
+        let helper = thread::Builder::new().name("fuse-unmount".into()).spawn(move || {
+            let is_ours =
+                connection::look(&dir).is_ok_and(|entry| entry.is_some_and(|entry| entry.device == device));
+            // The receiver may have given up; then nobody needs the answer.
+            let _ = sender.send(if is_ours { work(&dir) } else { Err(Errno::EINVAL) });
+        });
+        if let Err(error) = helper {
+            tracing::warn!(op, %error, "no thread to do it in");
+            return None;
+        }
+        done.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
+    }
+
+    fn open_names(&self) -> Vec<String> {
+        let name = |file: FileId| match self.served.namespace.stat(file) {
+            Some(entry) => format!("{}/{}", file.kind.directory(), entry.name),
+            None => file.to_string(),
+        };
+        self.open_files().into_iter().map(name).collect()
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if !self.stopped {
+            self.stop_by(Instant::now() + DROP_DEADLINE);
+        }
+    }
+}
+
+impl fmt::Debug for Mount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mount").field("dir", &self.dir).field("ended", &self.ended()).finish_non_exhaustive()
+    }
+}
+
+impl End {
+    fn set(&self, reason: Ended) {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, deadline: Instant) -> Option<Ended> {
+        let reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(reason, left, |reason| reason.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+}
+
+/// What runs on the transport's own thread.
+struct Transport {
+    device: OwnedFd,
+    served: Arc<Served>,
+    end: Arc<End>,
+    entry: MountEntry,
+}
+
+impl Transport {
+    fn run(self, ready: &SyncSender<io::Result<Notifier>>) {
+        // Threads inherit it: `fuser` makes its serving threads from this one. A host short of memory writes dirty
+        // pages through us; we must not wait for that in turn.
+        if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+            tracing::info!(%error, "serving without the IO_FLUSHER state (it needs CAP_SYS_RESOURCE)");
+        }
+        let mut config = Config::default();
+        config.clone_fd = true;
+        config.n_threads = Some(self.served.options.threads.get().min(THREADS_MAX));
+        // Who may enter is checked by the kernel; `fuser` would refuse requests that the kernel sends for nobody.
+        let session = Session::from_fd(Classic(self.served.clone()), self.device, SessionACL::All, config);
+        let result = session.and_then(|session| {
+            // Refused only if the start was given up; then the session ends as well.
+            ready.send(Ok(session.notifier())).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+            session.run()
+        });
+        let ended = match &result {
+            // A forced unmount cuts the connection, and leaves the mount where it is if that is busy.
+            Ok(()) if connection::is_mounted(self.entry.device) => Ended::Aborted,
+            Ok(()) => Ended::Unmounted,
+            Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ended::Aborted,
+            Err(error) => {
+                // Threads and descriptors may be left that nobody serves: no request is to wait for them.
+                if let Err(error) = connection::abort(self.entry.device) {
+                    tracing::warn!(%error, "the connection of a failed mount was not cut");
+                }
+                Ended::Failed(error.to_string())
+            }
+        };
+        tracing::info!(dir = %self.entry.mount_point.display(), ?ended, "the mount has ended");
+        self.served.handles.clear();
+        self.end.set(ended);
+        if let Err(error) = result {
+            // Heard only before the handshake; later on the channel's other end is gone.
+            let _ = ready.try_send(Err(error));
+        }
+    }
+}
+
+/// The path as `mountinfo` will have it, without touching its last component, which may be a dead mount.
+fn absolute(dir: &Path) -> Result<PathBuf> {
+    let (Some(name), parent) = (dir.file_name(), dir.parent()) else {
+        return Err(MountError::NotADirectory { dir: dir.into() });
+    };
+    let parent = parent.filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(|e| MountError::io("make", parent, e))?;
+    let parent = parent.canonicalize().map_err(|e| MountError::io("find", parent, e))?;
+    Ok(parent.join(name))
+}
+
+/// Make the directory if it is missing, and see that a mount hides nothing.
+fn check_directory(dir: &Path) -> Result<()> {
+    match fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(MountError::io("make", dir, error));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    let is_directory = fs::symlink_metadata(dir).map_err(|e| MountError::io("look at", dir, e))?.is_dir();
+    if !is_directory {
+        return Err(MountError::NotADirectory { dir: dir.into() });
+    }
+    let mut names = fs::read_dir(dir).map_err(|e| MountError::io("list", dir, e))?;
+    if names.next().is_some() { Err(MountError::NotEmpty { dir: dir.into() }) } else { Ok(()) }
+}
