@@ -11,9 +11,11 @@
 
 mod cells;
 mod crashes;
+mod damage;
 mod disk;
 mod enumerated;
 mod life;
+mod log;
 mod pairs;
 mod random;
 

@@ -14,7 +14,6 @@ use crate::{
         BlockState,
         changes::Changes,
         map::{
-            MAP_LOG_MIN,
             checkpoint::{self, Header, LogLen},
             log::{self, LogEnd},
         },
@@ -98,7 +97,8 @@ impl Core {
             self.checkpoint_wanted = false;
             let sequence = self.log.sequence + u64::from(!cut.is_empty());
             let generation = self.log.generation + 1;
-            let log_len = LogLen::Live { least: self.log.log_len().min(MAP_LOG_MIN) };
+            // No shorter than this one, or the records that follow the cut might not fit.
+            let log_len = LogLen::Live { least: self.log.log_len() };
             let (bytes, header) =
                 checkpoint::encode(self.layer, generation, sequence, &self.index.head, log_len);
             self.checkpoint = Checkpoint::Cut { bytes, header };
