@@ -37,9 +37,9 @@ use crate::{
 const SIZE: u64 = 3 * 4096 + 1536;
 const IMAGE: u64 = 2 * 4096 + 1024;
 const GROWTH: u64 = 2 * 4096 + 512;
-const VOLUME: &str = "v";
+pub const VOLUME: &str = "v";
 
-struct Images;
+pub struct Images;
 
 impl BaseSource for Images {
     fn open_base(&self, _: &ImageRef) -> Result<Arc<dyn BaseImage>> {
@@ -189,12 +189,18 @@ struct Run {
     count: usize,
 }
 
+/// A disk with a volume over an image.
+pub fn create_volume() -> (Arc<MemoryStorage>, Arc<Disk>) {
+    let storage = Arc::new(MemoryStorage::new(512));
+    let disk = Disk::open_storage(storage.clone(), Arc::new(Images)).expect("an empty medium");
+    let image = ImageRef { name: "base".into(), uuid: Uuid::from_u128(5), sha512: String::new() };
+    disk.create_volume(VOLUME, Origin::Image(image), Some(ByteLen(SIZE))).expect("no faults");
+    (storage, disk)
+}
+
 impl Run {
     fn new(before: Before) -> Run {
-        let storage = Arc::new(MemoryStorage::new(512));
-        let disk = Disk::open_storage(storage.clone(), Arc::new(Images)).expect("an empty medium");
-        let image = ImageRef { name: "base".into(), uuid: Uuid::from_u128(5), sha512: String::new() };
-        disk.create_volume(VOLUME, Origin::Image(image), Some(ByteLen(SIZE))).expect("no faults");
+        let (storage, disk) = create_volume();
         let values = (0..SIZE / CELL).map(|cell| if cell * CELL < IMAGE { image_value(cell) } else { 0 });
         let known = Known { cells: Cells::new(values, 1), snapshots: BTreeMap::new() };
         let catalog = Catalog { volumes: BTreeMap::from([(VOLUME.to_owned(), known)]), salt: 1 };

@@ -14,6 +14,7 @@ mod crashes;
 mod damage;
 mod disk;
 mod enumerated;
+mod faults;
 mod life;
 mod log;
 mod pairs;

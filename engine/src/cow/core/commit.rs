@@ -122,12 +122,11 @@ impl Core {
         };
         match (result, stage) {
             (Err(error), _) => {
-                self.fail(step, &error);
-                if let Commit::Running { waiters, .. } = std::mem::replace(&mut self.commit, Commit::Idle) {
-                    for op in waiters {
-                        self.committed(step, op, Err(error.clone()));
-                    }
-                }
+                let waiters = match std::mem::replace(&mut self.commit, Commit::Idle) {
+                    Commit::Running { waiters, .. } => waiters,
+                    Commit::Idle => Vec::new(),
+                };
+                self.fail(step, &error, waiters);
             }
             (Ok(_), Stage::Data) => self.data_synced(step),
             (Ok(_), Stage::Inherited) => {
@@ -238,7 +237,7 @@ impl Core {
                 self.checkpoint_wanted = false;
             }
             // Nobody knows which of the two files the next opening finds, so no further commit may be answered.
-            (Err(error), _) => self.fail(step, &error),
+            (Err(error), _) => self.fail(step, &error, Vec::new()),
             (Ok(_), _) => {}
         }
     }
