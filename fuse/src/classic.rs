@@ -1,42 +1,31 @@
 //! The classic transport: every request that arrives on `/dev/fuse`, answered on the thread that read it.
 //!
-//! Owns the translation between the kernel's requests and the rest of this crate: numbers to files by
-//! [`tree`](crate::tree), handles to devices by [`handles`](crate::handles), the rules of each operation by
-//! [`device_file`], errors by [`errno`](crate::errno). Decides what INIT asks of the kernel and with which flags files
-//! are opened. A device that panics fails its request and nothing else.
+//! Owns what INIT asks of the kernel, the flags with which files are opened, how long the kernel may remember names and
+//! attributes, and the step from `fuser`'s requests and replies to [`served`](crate::served), which knows the answers.
+//! `fuser` replies from one slice, so a read is made into this thread's buffer and copied once, by the kernel.
 //! What is answered ENOSYS is not sent again: flush at close (closing a disk syncs nothing; `fsync` does), extended
 //! attributes, `poll`, `bmap`, `copy_file_range` (the kernel then copies by reading and writing).
 
 use std::{
-    collections::HashSet,
     ffi::OsStr,
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
-use bedplate_engine::device::{Access, Durability};
 use fuser::{
-    BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags,
-    PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty,
-    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags,
+    ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use crate::{
     buffer::{REQUEST_BYTES_MAX, with_buffer},
-    device_file::{self, Allocation, Seek},
-    errno::Fault,
-    handles::{Handle, Handles, Listed, Route, TooMany},
-    namespace::{FileEntry, FileId, Kind, Namespace},
-    options::MountOptions,
-    tree::{self, Full, IO_SIZE, Node, Owner, Tree},
+    handles::{Listed, Route},
+    served::Served,
+    tree::IO_SIZE,
 };
 
 /// Requests that the kernel hands over at once without a waiting thread behind each: asynchronous direct I/O and
@@ -61,197 +50,8 @@ const WISHES: [InitFlags; 5] = [
     InitFlags::FUSE_PASSTHROUGH,
 ];
 
-/// What the transport shares with the mount that owns it.
-pub(crate) struct Served {
-    pub(crate) namespace: Arc<dyn Namespace>,
-    pub(crate) options: MountOptions,
-    pub(crate) owner: Owner,
-    pub(crate) tree: Arc<Tree>,
-    pub(crate) handles: Handles,
-    pub(crate) started: SystemTime,
-    /// Whether the kernel offered passthrough and has not refused it since.
-    pub(crate) passthrough: AtomicBool,
-}
-
 /// The file system as `fuser` sees it.
 pub(crate) struct Classic(pub(crate) Arc<Served>);
-
-type Outcome<T> = Result<T, Fault>;
-
-impl From<Full> for Fault {
-    fn from(_: Full) -> Fault {
-        tracing::warn!(limit = "INODES_MAX", "no inode number left for a file");
-        Fault::Refused(Errno::ENFILE)
-    }
-}
-
-impl From<TooMany> for Fault {
-    fn from(TooMany { limit }: TooMany) -> Fault {
-        tracing::warn!(limit, "too many open at once");
-        Fault::Refused(Errno::ENFILE)
-    }
-}
-
-impl Served {
-    fn entry(&self, parent: INodeNo, name: &OsStr) -> Outcome<(FileAttr, Generation)> {
-        match self.node(parent)? {
-            Node::Root => {
-                let kind = Kind::ALL.into_iter().find(|kind| name == kind.directory()).ok_or(NOT_FOUND)?;
-                Ok((tree::directory_attr(kind, self.owner, self.started), Generation(0)))
-            }
-            Node::Directory(kind) => {
-                let entry =
-                    name.to_str().and_then(|name| self.namespace.lookup(kind, name)).ok_or(NOT_FOUND)?;
-                Ok((self.attr(&entry)?, tree::generation(entry.id)))
-            }
-            Node::File(_) => Err(Fault::Refused(Errno::ENOTDIR)),
-        }
-    }
-
-    fn attr_of(&self, ino: INodeNo) -> Outcome<FileAttr> {
-        match self.node(ino)? {
-            Node::Root => Ok(tree::root_attr(self.owner, self.started)),
-            Node::Directory(kind) => Ok(tree::directory_attr(kind, self.owner, self.started)),
-            Node::File(file) => self.attr(&self.stat(file)?),
-        }
-    }
-
-    fn attr(&self, entry: &FileEntry) -> Outcome<FileAttr> {
-        Ok(tree::file_attr(self.number(entry.id)?, entry, &self.options, self.owner))
-    }
-
-    /// A number that this mount gave out and forgot is stale: the kernel then looks the name up anew.
-    fn node(&self, ino: INodeNo) -> Outcome<Node> {
-        self.tree.node(ino).ok_or(Fault::Refused(Errno::ESTALE))
-    }
-
-    fn file(&self, ino: INodeNo) -> Outcome<FileId> {
-        match self.node(ino)? {
-            Node::File(file) => Ok(file),
-            Node::Root | Node::Directory(_) => Err(Fault::Refused(Errno::EISDIR)),
-        }
-    }
-
-    fn stat(&self, file: FileId) -> Outcome<FileEntry> {
-        self.namespace.stat(file).ok_or(Fault::Refused(Errno::ESTALE))
-    }
-
-    fn handle(&self, fh: FileHandle) -> Outcome<Arc<Handle>> {
-        self.handles.file(fh.0).ok_or(Fault::Refused(Errno::EBADF))
-    }
-
-    fn number(&self, file: FileId) -> Result<INodeNo, Full> {
-        self.tree.number(file).or_else(|Full| {
-            let named =
-                Kind::ALL.into_iter().flat_map(|kind| self.namespace.list(kind)).map(|entry| entry.id);
-            let living: HashSet<FileId> = named.chain(self.handles.open_files()).collect();
-            self.tree.forget_except(&living);
-            self.tree.number(file)
-        })
-    }
-
-    /// Check `size`, the one attribute that a client may set, and the times, which nobody keeps.
-    fn set_attr(&self, ino: INodeNo, size: Option<u64>) -> Outcome<FileAttr> {
-        if let Some(new_size) = size {
-            let entry = self.stat(self.file(ino)?)?;
-            match entry.access {
-                Access::ReadOnly => return Err(Fault::Refused(Errno::EROFS)),
-                Access::ReadWrite => device_file::truncate(entry.size, new_size)?,
-            }
-        }
-        self.attr_of(ino)
-    }
-
-    fn open(&self, ino: INodeNo, flags: OpenFlags, reply: &ReplyOpen) -> Outcome<(u64, Route)> {
-        let file = self.file(ino)?;
-        let opened = match call(|| self.namespace.open(file)) {
-            Err(Fault::Device(bedplate_engine::error::Error::NotFound { .. })) => {
-                return Err(Fault::Refused(Errno::ESTALE));
-            }
-            opened => opened?,
-        };
-        let access = match file.kind {
-            Kind::Image => Access::ReadOnly,
-            Kind::Volume => opened.device.geometry().access,
-        };
-        if flags.acc_mode() != OpenAccMode::O_RDONLY && access == Access::ReadOnly {
-            return Err(Fault::Refused(Errno::EROFS));
-        }
-        let durability = device_file::durability(flags.0);
-        Ok(self.handles.open(file, opened, durability, |file| self.back(file, reply))?)
-    }
-
-    /// Register the image's own file with the kernel. Any refusal means cached reads.
-    fn back(&self, file: &std::fs::File, reply: &ReplyOpen) -> Option<BackingId> {
-        if !self.passthrough.load(Ordering::Relaxed) {
-            return None;
-        }
-        match reply.open_backing(file) {
-            Ok(id) => Some(id),
-            Err(error) => {
-                tracing::info!(%error, "the kernel does not pass this file through; its reads are cached");
-                None
-            }
-        }
-    }
-
-    fn list(&self, ino: INodeNo) -> Outcome<Vec<Listed>> {
-        let directory = |ino, name: &str| Listed { ino, kind: FileType::Directory, name: name.into() };
-        let mut names = vec![directory(ino, "."), directory(INodeNo::ROOT, "..")];
-        match self.node(ino)? {
-            Node::Root => {
-                names.extend(Kind::ALL.map(|kind| directory(tree::directory_ino(kind), kind.directory())));
-            }
-            Node::Directory(kind) => {
-                let mut entries = self.namespace.list(kind);
-                entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-                for FileEntry { id, name, .. } in entries {
-                    names.push(Listed { ino: self.number(id)?, kind: FileType::RegularFile, name });
-                }
-            }
-            Node::File(_) => return Err(Fault::Refused(Errno::ENOTDIR)),
-        }
-        Ok(names)
-    }
-
-    /// Log a fault of the device where it leaves us, once per handle.
-    fn errno(&self, handle: Option<&Handle>, op: &'static str, fault: &Fault) -> Errno {
-        if let Fault::Device(error) = fault
-            && handle.is_none_or(Handle::first_fault)
-        {
-            let file = handle.map(|handle| handle.file.to_string());
-            tracing::warn!(op, file, %error, "a request failed");
-        }
-        fault.errno()
-    }
-
-    /// Run `work` on an open file.
-    fn with<T>(
-        &self,
-        fh: FileHandle,
-        op: &'static str,
-        work: impl FnOnce(&Handle) -> Outcome<T>,
-    ) -> Result<T, Errno> {
-        let handle = self.handle(fh).map_err(|fault| fault.errno())?;
-        call(|| work(&handle)).map_err(|fault| self.errno(Some(&handle), op, &fault))
-    }
-}
-
-const NOT_FOUND: Fault = Fault::Refused(Errno::ENOENT);
-
-/// Keep a panic of the node or of a device from taking a serving thread with it.
-fn call<T, E>(work: impl FnOnce() -> Result<T, E>) -> Outcome<T>
-where
-    Fault: From<E>,
-{
-    match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => Ok(result?),
-        Err(_) => {
-            tracing::error!("a request panicked; it is answered with an I/O error");
-            Err(Fault::Refused(Errno::EIO))
-        }
-    }
-}
 
 /// The flags of an open reply. A volume is never cached, and its writers are not made to wait for one another.
 fn open_flags(route: &Route) -> FopenFlags {
@@ -281,16 +81,16 @@ impl Filesystem for Classic {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match call(|| self.0.entry(parent, name)) {
+        match self.0.lookup(parent, name) {
             Ok((attr, generation)) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &NAME_TTL, &attr, generation),
-            Err(fault) => reply.error(fault.errno()),
+            Err(errno) => reply.error(errno),
         }
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match call(|| self.0.attr_of(ino)) {
+        match self.0.attr(ino) {
             Ok(attr) => reply.attr(&ATTRIBUTE_TTL, &attr),
-            Err(fault) => reply.error(fault.errno()),
+            Err(errno) => reply.error(errno),
         }
     }
 
@@ -315,21 +115,21 @@ impl Filesystem for Classic {
         if mode.is_some() || uid.is_some() || gid.is_some() {
             return reply.error(Errno::EPERM);
         }
-        match call(|| self.0.set_attr(ino, size)) {
+        match self.0.set_attr(ino, size) {
             Ok(attr) => reply.attr(&ATTRIBUTE_TTL, &attr),
-            Err(fault) => reply.error(fault.errno()),
+            Err(errno) => reply.error(errno),
         }
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        match call(|| self.0.open(ino, flags, &reply)) {
+        match self.0.open(ino, flags, |file| reply.open_backing(file)) {
             Ok((number, route)) => match &route {
                 Route::Passthrough(id) => {
                     reply.opened_passthrough(FileHandle(number), open_flags(&route), id)
                 }
                 Route::Direct | Route::Cached => reply.opened(FileHandle(number), open_flags(&route)),
             },
-            Err(fault) => reply.error(self.0.errno(None, "open", &fault)),
+            Err(errno) => reply.error(errno),
         }
     }
 
@@ -344,13 +144,9 @@ impl Filesystem for Classic {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        with_buffer(|buffer| {
-            let read =
-                self.0.with(fh, "read", |handle| device_file::read(&*handle.device, buffer, offset, size));
-            match read {
-                Ok(bytes) => reply.data(bytes),
-                Err(errno) => reply.error(errno),
-            }
+        with_buffer(|buffer| match self.0.read(fh, buffer, offset, size) {
+            Ok(bytes) => reply.data(bytes),
+            Err(errno) => reply.error(errno),
         });
     }
 
@@ -366,10 +162,7 @@ impl Filesystem for Classic {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let durability = device_file::durability(flags.0);
-        let written =
-            self.0.with(fh, "write", |handle| device_file::write(&*handle.device, data, offset, durability));
-        match written.map(u32::try_from) {
+        match self.0.write(fh, data, offset, flags).map(u32::try_from) {
             Ok(Ok(len)) => reply.written(len),
             // A request is never as long as 4 GiB.
             Ok(Err(_)) => reply.error(Errno::EIO),
@@ -378,7 +171,7 @@ impl Filesystem for Classic {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
-        empty(reply, self.0.with(fh, "flush", |handle| Ok(handle.device.flush()?)));
+        empty(reply, self.0.flush(fh));
     }
 
     fn fallocate(
@@ -391,23 +184,12 @@ impl Filesystem for Classic {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let Some(what) = Allocation::decode(mode) else { return reply.error(Errno::EOPNOTSUPP) };
-        let done = self.0.with(fh, "fallocate", |handle| {
-            // The request has no flags of its own: the handle's say whether it is to be durable.
-            let durability: Durability = handle.durability;
-            device_file::allocate(&*handle.device, what, offset, length, durability)
-        });
-        empty(reply, done);
+        empty(reply, self.0.allocate(fh, mode, offset, length));
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        let (Some(what), Ok(offset)) = (Seek::decode(whence), u64::try_from(offset)) else {
-            return reply.error(Errno::EINVAL);
-        };
-        let found = self.0.with(fh, "lseek", |handle| device_file::seek(&*handle.device, what, offset));
-        match found.map(i64::try_from) {
-            Ok(Ok(offset)) => reply.offset(offset),
-            Ok(Err(_)) => reply.error(Errno::EOVERFLOW),
+        match self.0.seek(fh, offset, whence) {
+            Ok(offset) => reply.offset(offset),
             Err(errno) => reply.error(errno),
         }
     }
@@ -426,17 +208,13 @@ impl Filesystem for Classic {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        let released: Outcome<()> = call(|| {
-            self.0.handles.release(fh.0);
-            Ok::<(), Fault>(())
-        });
-        empty(reply, released.map_err(|fault| fault.errno()));
+        empty(reply, self.0.release(fh));
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        match call(|| Ok::<u64, Fault>(self.0.handles.open_directory(self.0.list(ino)?)?)) {
+        match self.0.open_directory(ino) {
             Ok(number) => reply.opened(FileHandle(number), FopenFlags::empty()),
-            Err(fault) => reply.error(fault.errno()),
+            Err(errno) => reply.error(errno),
         }
     }
 
@@ -464,9 +242,7 @@ impl Filesystem for Classic {
 
     /// No space of its own: what a disk has left is the node's to say, per disk.
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        let count = Kind::ALL.into_iter().map(|kind| self.0.namespace.list(kind).len()).sum::<usize>();
-        let files = u64::try_from(count).unwrap_or(u64::MAX);
-        reply.statfs(0, 0, 0, files, 0, IO_SIZE, NAME_LEN_MAX, IO_SIZE);
+        reply.statfs(0, 0, 0, self.0.file_count(), 0, IO_SIZE, NAME_LEN_MAX, IO_SIZE);
     }
 
     // Names are the node's to give and to take: `bedplate volume create`, `delete` and so on.
@@ -575,7 +351,7 @@ impl Filesystem for Classic {
         _: FileHandle,
         _: u64,
         _: u64,
-        _: fuser::CopyFileRangeFlags,
+        _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
         reply.error(Errno::ENOSYS);

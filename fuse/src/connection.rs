@@ -5,6 +5,8 @@
 //! numbers are used again. A SIGKILLed node leaves a mount whose every `stat` fails or, while the process is still
 //! dying, hangs. It is therefore recognised in `mountinfo` alone, its connection is aborted through `fusectl` (which is
 //! mounted for us and nobody else, so that it need not be mounted at all), and it is detached.
+//! Across PID namespaces a process number says nothing; there it is the node's own locks, taken before it mounts, that
+//! keep two living nodes apart.
 
 use std::{
     fs::{self, File},

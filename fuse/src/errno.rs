@@ -1,6 +1,6 @@
 //! The engine's errors as the numbers that a client of the mount sees.
 //!
-//! Owns the one table from [`Error`] to errno, and [`Fault`], which keeps an error of the device apart from a request
+//! Owns the one table from [`Error`] to errno, and `Fault`, which keeps an error of the device apart from a request
 //! that was refused before it reached the device: the first is logged, the second is the client's own affair.
 
 use std::io;

@@ -12,14 +12,13 @@
 //!
 //! A volume's file behaves as a disk: its size is fixed, truncation to nothing or to its own size changes nothing,
 //! past its end is "no space", `fallocate` punches and zeroes, and what `fsync`, `O_DSYNC` or `RWF_DSYNC` answered
-//! survives a crash. [`device_file`] has these rules, `tests/mount/` tries them through the kernel.
-
-pub mod device_file;
-pub mod errno;
+//! survives a crash. `device_file.rs` has these rules, `tests/mount/` tries them through the kernel.
 
 mod buffer;
 mod classic;
 mod connection;
+mod device_file;
+mod errno;
 mod error;
 mod handles;
 mod invalidate;
@@ -27,6 +26,7 @@ mod mount;
 mod mountinfo;
 mod namespace;
 mod options;
+mod served;
 mod tree;
 
 pub use error::{MountError, Result};

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        atomic::AtomicBool,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, SyncSender},
     },
     thread,
@@ -28,7 +28,7 @@ use nix::{
 };
 
 use crate::{
-    classic::{Classic, Served},
+    classic::Classic,
     connection,
     error::{MountError, Result},
     handles::{Handles, IoPath},
@@ -36,13 +36,14 @@ use crate::{
     mountinfo::MountEntry,
     namespace::{FileId, Namespace},
     options::{MountOptions, THREADS_MAX},
+    served::Served,
     tree::{Owner, Tree},
 };
 
 /// How long INIT may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long the serving threads may take to end once the connection is cut. Longer only if a device does not answer.
-const CUT_OFF_MAX: Duration = Duration::from_secs(5);
+const CUT_OFF_MAX: Duration = Duration::from_secs(2);
 /// How long a busy mount is asked again before it is detached: a scanner, or a process between fork and exec, is gone
 /// sooner than that.
 const BUSY_MAX: Duration = Duration::from_millis(300);
@@ -82,7 +83,7 @@ pub struct Mount {
     end: Arc<End>,
     invalidator: Invalidator,
     /// Whether dropping it has nothing left to do.
-    stopped: bool,
+    stopped: AtomicBool,
 }
 
 /// The one-way switch from serving to ended.
@@ -150,8 +151,8 @@ impl Mount {
     }
 
     /// Unmount, with all that `Stopped` says. Returns by `timeout` and at most a few seconds later.
-    pub fn stop(mut self, timeout: Duration) -> Stopped {
-        self.stopped = true;
+    pub fn stop(&self, timeout: Duration) -> Stopped {
+        self.stopped.store(true, Ordering::Relaxed);
         self.stop_by(Instant::now() + timeout)
     }
 
@@ -169,7 +170,7 @@ impl Mount {
             .map_err(|e| MountError::io("start serving", &dir, e))?;
         connection::raise_read_ahead(entry.device);
         let invalidator = Invalidator::start(notifier, served.tree.clone())?;
-        Ok(Mount { dir, entry, served, end, invalidator, stopped: false })
+        Ok(Mount { dir, entry, served, end, invalidator, stopped: AtomicBool::new(false) })
     }
 
     fn stop_by(&self, deadline: Instant) -> Stopped {
@@ -259,7 +260,7 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if !self.stopped {
+        if !self.stopped.load(Ordering::Relaxed) {
             self.stop_by(Instant::now() + DROP_DEADLINE);
         }
     }

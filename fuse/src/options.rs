@@ -50,7 +50,7 @@ impl Mode {
 }
 
 impl Default for MountOptions {
-    /// Files for root alone, and as many threads as a client at depth 32 keeps busy.
+    /// Files for root alone, and 16 threads.
     fn default() -> MountOptions {
         MountOptions {
             volume_mode: Mode(0o600),
@@ -61,6 +61,8 @@ impl Default for MountOptions {
     }
 }
 
+/// A compromise: with 32, direct I/O at depth 32 is up to a tenth faster for a fifth more CPU, and reads of a cached
+/// base, where threads only get in each other's way, are a third slower.
 const THREADS_DEFAULT: NonZeroUsize = NonZeroUsize::new(16).expect("16 is not zero");
 
 #[cfg(test)]

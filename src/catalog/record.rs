@@ -1,6 +1,6 @@
 //! The record of an image, `image.json`: its typed form and its strict reading.
 //!
-//! The file is flat JSON for people's eyes ([`RecordFile`]); the rest of the program sees [`ImageRecord`], where a
+//! The file is flat JSON for people's eyes (`RecordFile`); the rest of the program sees [`ImageRecord`], where a
 //! state carries exactly what it needs. An unknown version is refused by its number before anything else is looked at,
 //! unknown fields and impossible combinations are refused as corrupt. What the record must not hold: credentials.
 
@@ -308,6 +308,32 @@ mod tests {
     }
 
     #[test]
+    fn version_1_is_read_and_written_as_it_always_was() {
+        let golden = format!(
+            r#"{{
+  "format_version": 1,
+  "name": "debian-12",
+  "uuid": "0190c3a5-7b1e-4c55-9d0e-2f6a4b8c1d3e",
+  "state": "ready",
+  "created_at": "2026-11-21T03:00:00Z",
+  "source": "https://example.org/debian-12.raw",
+  "expected_checksum": "sha512:{sum}",
+  "format": "raw",
+  "size_bytes": 1000,
+  "virtual_size_bytes": 1024,
+  "sha512": "{sum}",
+  "mtime_ns": 1794884400000000001,
+  "inode": 131077
+}}
+"#,
+            sum = "0a".repeat(64)
+        );
+        let record = ImageRecord::parse(golden.as_bytes(), Path::new("r")).unwrap();
+        assert_eq!(record.directory_name(), "debian-12-0190c3a5");
+        assert_eq!(String::from_utf8(record.to_json()).unwrap(), golden);
+    }
+
+    #[test]
     fn an_unknown_version_is_refused_by_its_number_whatever_else_it_says() {
         let json = br#"{"format_version": 7, "layers": []}"#;
         let error = ImageRecord::parse(json, Path::new("r")).unwrap_err();
@@ -322,7 +348,7 @@ mod tests {
             ("\"ready\"", "\"failed\""),
             ("\"size_bytes\": 1000", "\"size_bytes\": 2000"),
             ("\"inode\": 2", "\"node\": 2"),
-            ("abab", "ABAB"),
+            ("\"sha512\": \"abab", "\"sha512\": \"ABAB"),
             ("\"debian\"", "\"../debian\""),
         ] {
             let bad = json.replacen(from, to, 1);

@@ -47,7 +47,7 @@ impl Default for Settings {
             jobs_running_max: 4,
             http: HttpSettings::default(),
             sync_bytes: 64 << 20,
-            sync_interval: Duration::from_secs(5),
+            sync_interval: Duration::from_secs(1),
             deadline: Duration::from_secs(24 * 60 * 60),
         }
     }

@@ -56,7 +56,9 @@ impl Service {
             let Some(image) = table.by_uuid(uuid).filter(|image| image.job.is_none() && !closing) else {
                 return;
             };
-            let limit = image.record.deadline_s.map_or(self.settings.deadline, Duration::from_secs);
+            // What a user allows for an arrival says nothing about reading it back.
+            let asked = image.record.deadline_s.filter(|_| kind == JobKind::Arrival);
+            let limit = asked.map_or(self.settings.deadline, Duration::from_secs);
             let job = Job { kind, meter: Arc::new(Meter::default()), stop: Arc::new(Stop::after(limit)) };
             image.job = Some(job.clone());
             job
@@ -122,6 +124,10 @@ impl Service {
         job.meter.enter(Phase::Publishing);
         job.stop.check()?;
         let stamp = dir.publish_file(&arrived.file)?;
+        if stamp.size_bytes != arrived.size_bytes {
+            let (is, was) = (stamp.size_bytes, arrived.size_bytes);
+            return Err(Failure::Corrupt(format!("the file has {is} bytes after {was} had arrived")));
+        }
         let format = match arrived.content {
             Content::Raw => Format::Raw,
         };
@@ -179,7 +185,11 @@ impl Service {
         let discard = outcome.as_ref().err().is_some_and(|failure| !failure.keeps_partial());
         let mut doubt = None;
         match (outcome, job.kind) {
-            (Ok(published), _) => record.state = RecordState::Ready(published),
+            (Ok(published), kind) => {
+                let size_bytes = published.stamp.size_bytes;
+                tracing::info!(image = %record.name, ?kind, size_bytes, sha512 = published.sha512, "ready");
+                record.state = RecordState::Ready(published);
+            }
             // It goes on at the next start.
             (Err(Failure::Stopped), JobKind::Arrival) => {}
             (
@@ -198,15 +208,16 @@ impl Service {
             }
         }
         // The record first: a crash in between leaves bytes that the next start clears away.
-        if record.state != before {
-            if let Err(error) = self.record(&record, &dir) {
-                tracing::error!(image = %record.name, %error, "the end of the job is not recorded");
-            }
+        if record.state != before
+            && let Err(error) = self.record(&record, &dir)
+        {
+            tracing::error!(image = %record.name, %error, "the end of the job is not recorded");
         }
-        if discard && job.kind == JobKind::Arrival {
-            if let Err(error) = dir.discard_partial() {
-                tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
-            }
+        if discard
+            && job.kind == JobKind::Arrival
+            && let Err(error) = dir.discard_partial()
+        {
+            tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
         }
         let mut table = self.lock();
         if let Some(image) = table.by_uuid(uuid) {

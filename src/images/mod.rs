@@ -7,6 +7,7 @@
 mod info;
 mod job;
 mod origin;
+mod remove;
 mod service;
 mod table;
 #[cfg(test)]
@@ -18,10 +19,7 @@ use std::{
     time::Duration,
 };
 
-use bedplate_engine::{
-    device::BlockDevice,
-    error::{Error as Storage, Result as StorageResult},
-};
+use bedplate_engine::{device::BlockDevice, error::Error as Storage};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, time::Instant};
 use uuid::Uuid;
@@ -48,24 +46,15 @@ pub use crate::{
 pub use info::{BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings};
 use job::Work;
 use origin::From as Origin;
+pub use remove::ImageHold;
 use service::Service;
 use table::{Described, Entry, Image, JobKind};
 pub use table::{IMAGES_MAX, JOBS_MAX};
-
-/// The longest that a deletion waits for the image's job to end.
-const JOB_END_WITHIN: Duration = Duration::from_secs(60);
 
 /// The service; cheap to clone. Methods that are not `async` block for a few small disk operations, and those that wait
 /// for a job to end, say so: call them where blocking is allowed.
 #[derive(Clone)]
 pub struct Images(Arc<Service>);
-
-/// Keeps an image from being deleted until it is dropped, for the time between looking at it and standing on it.
-pub struct ImageHold {
-    images: Images,
-    uuid: Uuid,
-    who: Arc<str>,
-}
 
 impl Images {
     /// Read the records of all disks, go on with what was unfinished, verify what changed. A disk whose images cannot
@@ -127,48 +116,6 @@ impl Images {
             Described::new(name, entry)
         };
         Ok(described.complete())
-    }
-
-    /// Remove an image; refused while something stands on it. A job of it is cancelled first, and waited for.
-    pub async fn delete(&self, name: &str) -> Result<()> {
-        let (name, uuid) = self.begin_delete(name)?;
-        let result = self.delete_now(&name, uuid).await;
-        let mut table = self.0.lock();
-        match &result {
-            Ok(()) => drop(table.entries.remove(&name)),
-            Err(_) => {
-                if let Some(image) = table.by_uuid(uuid) {
-                    image.deleting = false;
-                }
-            }
-        }
-        drop(table);
-        self.0.notify();
-        result
-    }
-
-    /// End its job (*failed*, cancelled) and clear away what had arrived; of a failed one, clear away what is kept.
-    /// Waits until the job has ended. A verification is merely ended.
-    pub async fn cancel(&self, name: &str) -> Result<ImageInfo> {
-        let (name, dir, job) = {
-            let table = self.0.lock();
-            let (name, image) = table.image(name)?;
-            (name.to_owned(), image.dir.clone(), image.job.clone())
-        };
-        match job {
-            Some(job) => {
-                job.stop.cancel();
-                self.wait_for_end(&name).await?;
-            }
-            None => {
-                let state = self.get(&name)?.state;
-                if !matches!(state, ImageState::Failed(_)) {
-                    return Err(Error::NotRunning(name));
-                }
-                blocking(move || dir.discard_partial()).await?;
-            }
-        }
-        self.get(&name)
     }
 
     /// Start to read it back from the medium; [`Images::wait`] gives the result. It is served meanwhile, unless it is
@@ -255,18 +202,6 @@ impl Images {
         Ok(BasePath { path, size_bytes: published.stamp.size_bytes, format, sha512 })
     }
 
-    /// Keep an image from being deleted. `who` is named in refusals.
-    pub fn hold(&self, name: &str, who: &str) -> Result<ImageHold> {
-        let who: Arc<str> = who.into();
-        let mut table = self.0.lock();
-        let (name, image) = table.image_mut(name)?;
-        if image.deleting {
-            return Err(Error::NotReady { name, state: "being deleted".to_owned() });
-        }
-        image.holds.push(who.clone());
-        Ok(ImageHold { images: self.clone(), uuid: image.record.uuid, who })
-    }
-
     /// Stop all jobs, keeping what has arrived; they go on at the next open. Whether all had ended by the deadline.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
         let deadline = Instant::now() + deadline;
@@ -351,72 +286,5 @@ impl Images {
                 .ok_or_else(|| Error::Invalid("this node has no disk that takes images".to_owned()))?,
         };
         Ok(store.clone())
-    }
-
-    /// Mark an image as being deleted, so that nothing new begins to use it.
-    fn begin_delete(&self, name: &str) -> Result<(String, Uuid)> {
-        let mut table = self.0.lock();
-        let (name, image) = table.image_mut(name)?;
-        if image.deleting {
-            return Err(Error::NotReady { name, state: "being deleted".to_owned() });
-        }
-        if !image.holds.is_empty() {
-            let by = image.holds.iter().map(|who| who.to_string()).collect();
-            return Err(Error::InUse { name, by });
-        }
-        image.deleting = true;
-        Ok((name, image.record.uuid))
-    }
-
-    async fn delete_now(&self, name: &str, uuid: Uuid) -> Result<()> {
-        let host = self.0.host.clone();
-        let by =
-            tokio::task::spawn_blocking(move || host.users(uuid)).await.map_err(|_| Error::ShuttingDown)?;
-        if !by.is_empty() {
-            return Err(Error::InUse { name: name.to_owned(), by });
-        }
-        let (dir, store) = {
-            let mut table = self.0.lock();
-            let (_, image) = table.image_mut(name)?;
-            if let Some(job) = &image.job {
-                job.stop.cancel();
-            }
-            (image.dir.clone(), image.store.clone())
-        };
-        self.wait_for_end(name).await?;
-        blocking(move || store.delete(&dir)).await
-    }
-
-    async fn wait_for_end(&self, name: &str) -> Result<()> {
-        let deadline = Instant::now() + JOB_END_WITHIN;
-        let mut bell = self.0.listen();
-        loop {
-            bell.borrow_and_update();
-            if self.0.lock().image(name)?.1.job.is_none() {
-                return Ok(());
-            }
-            if !matches!(tokio::time::timeout_at(deadline, bell.changed()).await, Ok(Ok(()))) {
-                return Err(Error::TimedOut { name: name.to_owned(), after: JOB_END_WITHIN });
-            }
-        }
-    }
-}
-
-impl Drop for ImageHold {
-    fn drop(&mut self) {
-        if let Some(image) = self.images.0.lock().by_uuid(self.uuid) {
-            if let Some(at) = image.holds.iter().position(|who| Arc::ptr_eq(who, &self.who)) {
-                image.holds.swap_remove(at);
-            }
-        }
-    }
-}
-
-/// A few disk operations, off the threads that serve the network.
-async fn blocking(work: impl FnOnce() -> StorageResult<()> + Send + 'static) -> Result<()> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => Ok(result?),
-        // The runtime goes down.
-        Err(_) => Err(Error::ShuttingDown),
     }
 }

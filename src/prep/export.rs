@@ -16,7 +16,10 @@ use bedplate_engine::{
     error::{Error as Storage, Result as StorageResult},
     units::ByteRange,
 };
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
+};
 use uuid::Uuid;
 
 use super::{
@@ -47,9 +50,8 @@ pub fn export_file(
 ) -> Result<()> {
     let name =
         path.file_name().ok_or_else(|| Storage::Invalid(format!("{} is not a file name", path.display())))?;
-    let taken = || Storage::Exists { kind: "file", name: path.display().to_string() };
     if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
-        return Err(taken().into());
+        return Err(taken(path).into());
     }
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -58,14 +60,7 @@ pub fn export_file(
     let beside = directory.join(format!(".{}.{}.partial", name.to_string_lossy(), Uuid::new_v4().simple()));
     let written = write_beside(device, &beside, meter, stop).and_then(|()| {
         meter.enter(Phase::Publishing);
-        let flags = match existing {
-            Existing::Refuse => RenameFlags::RENAME_NOREPLACE,
-            Existing::Replace => RenameFlags::empty(),
-        };
-        renameat2(AT_FDCWD, &beside, AT_FDCWD, path, flags).map_err(|e| match e {
-            nix::errno::Errno::EEXIST => taken(),
-            e => Storage::io("rename", path, e.into()),
-        })?;
+        give_name(&beside, path, existing)?;
         let directory_file = File::open(directory).map_err(|e| Storage::io("open", directory, e))?;
         directory_file.sync_all().map_err(|e| Storage::io("sync", directory, e))?;
         Ok(())
@@ -75,6 +70,28 @@ pub fn export_file(
         let _ = std::fs::remove_file(&beside);
     }
     written
+}
+
+fn give_name(beside: &Path, path: &Path, existing: Existing) -> StorageResult<()> {
+    let flags = match existing {
+        Existing::Refuse => RenameFlags::RENAME_NOREPLACE,
+        Existing::Replace => RenameFlags::empty(),
+    };
+    let named = match renameat2(AT_FDCWD, beside, AT_FDCWD, path, flags) {
+        // File systems without that flag know links, which refuse a taken name, too.
+        Err(Errno::EINVAL) if existing == Existing::Refuse => {
+            std::fs::hard_link(beside, path).and_then(|()| std::fs::remove_file(beside))
+        }
+        other => other.map_err(io::Error::from),
+    };
+    named.map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => taken(path),
+        _ => Storage::io("rename", path, e),
+    })
+}
+
+fn taken(path: &Path) -> Storage {
+    Storage::Exists { kind: "file", name: path.display().to_string() }
 }
 
 /// Write every byte to `out`, zeros included, and flush it.
@@ -146,7 +163,7 @@ fn copy(
                     stop.check()?;
                     let len = usize::try_from((range.end().0 - at).min(READ_LEN)).unwrap_or(buffer.len());
                     let bytes = buffer.get_mut(..len).unwrap_or_default();
-                    read(device, bytes, at)?;
+                    device.read_at(bytes, at)?;
                     put(Piece::Data { at, bytes })?;
                     at += bytes.len() as u64;
                     meter.advance_to(at);
@@ -158,6 +175,68 @@ fn copy(
     })
 }
 
-fn read(device: &dyn BlockDevice, bytes: &mut [u8], at: u64) -> StorageResult<()> {
-    device.read_at(bytes, at)
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::MetadataExt, time::Duration};
+
+    use super::*;
+    use crate::prep::testing::MemoryDevice;
+
+    fn device() -> MemoryDevice {
+        let mut content = vec![0; (6 << 20) + 512];
+        content[1 << 20..(1 << 20) + 50_000].fill(5);
+        *content.last_mut().unwrap() = 1;
+        MemoryDevice(content)
+    }
+
+    fn stop() -> Stop {
+        Stop::after(Duration::from_secs(60))
+    }
+
+    #[test]
+    fn an_exported_file_has_the_bytes_and_the_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.raw");
+        let meter = Meter::default();
+        export_file(&device(), &path, Existing::Refuse, &meter, &stop()).unwrap();
+        assert!(std::fs::read(&path).unwrap() == device().0);
+        assert!(std::fs::metadata(&path).unwrap().blocks() * 512 < 70_000);
+        assert_eq!(meter.progress().done_bytes, device().0.len() as u64);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_is_there_is_replaced_only_when_that_was_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.raw");
+        std::fs::write(&path, b"precious").unwrap();
+        let refused = export_file(&device(), &path, Existing::Refuse, &Meter::default(), &stop());
+        assert!(matches!(refused, Err(Failure::Storage(Storage::Exists { .. }))));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        export_file(&device(), &path, Existing::Replace, &Meter::default(), &stop()).unwrap();
+        assert!(std::fs::read(&path).unwrap() == device().0);
+    }
+
+    #[test]
+    fn an_export_that_is_stopped_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let stop = stop();
+        stop.cancel();
+        let result =
+            export_file(&device(), &dir.path().join("out"), Existing::Refuse, &Meter::default(), &stop);
+        assert!(matches!(result, Err(Failure::Cancelled)));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_stream_gets_every_byte_and_a_reader_that_leaves_is_an_error() {
+        let mut out = Vec::new();
+        export_stream(&device(), &mut out, &Meter::default(), &stop()).unwrap();
+        assert!(out == device().0);
+
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let result = export_stream(&device(), &mut writer, &Meter::default(), &stop());
+        assert!(matches!(result, Err(Failure::Storage(Storage::Io { op: "write", .. }))));
+    }
 }

@@ -16,5 +16,7 @@ pub mod probe;
 pub mod progress;
 pub mod source;
 pub mod stop;
+#[cfg(test)]
+pub mod testing;
 pub mod verify;
 mod write;

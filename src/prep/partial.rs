@@ -108,6 +108,23 @@ mod tests {
     use crate::prep::checksum::Hasher;
 
     #[test]
+    fn version_1_is_read_as_it_always_was() {
+        let state = "00".repeat(209);
+        let kept = format!(
+            r#"{{"position":4096,"total":null,"complete":false,"validator":{{"file":{{"device":1,"inode":2,"size_bytes":3,"mtime_ns":4}}}},"midstate":{{"sha512":"{state}"}}}}"#
+        );
+        let check = hex(&Sha256::digest(kept.as_bytes()));
+        let golden = format!(r#"{{"format_version":1,"kept":{kept},"check":"{check}"}}"#);
+        let read = Kept::parse(golden.as_bytes()).unwrap();
+        assert_eq!((read.position, read.total, read.complete), (4096, None, false));
+        assert!(matches!(
+            read.validator,
+            Validator::File { device: 1, inode: 2, size_bytes: 3, mtime_ns: 4 }
+        ));
+        assert!(Kept::parse(golden.replace("on\":1", "on\":2").as_bytes()).is_none());
+    }
+
+    #[test]
     fn no_damaged_byte_of_a_kept_record_is_believed() {
         let kept = Kept {
             position: 4096,

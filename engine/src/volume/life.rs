@@ -194,8 +194,10 @@ impl Disk {
         let barrier = executor.barrier()?;
         let view = executor.view();
         let files = executor.head();
-        let index = view.index.head.grown(size.blocks_ceil());
-        files.data.set_len(size.blocks_ceil().len().0)?;
+        // A resize that a crash cut before its record leaves a map of more blocks than the volume has.
+        let blocks = size.blocks_ceil().max(view.index.head.block_count());
+        let index = view.index.head.grown(blocks);
+        files.data.set_len(blocks.len().0)?;
         // A map of more blocks than the volume has is sound, so the record can follow it.
         let end = executor.log_end();
         let staged = layer::stage_map(&*self.storage, record.head, &end, &index, LogLen::LIVE)?;

@@ -1,13 +1,16 @@
-//! Giving back what no name holds: a layer without a name and with one child goes into that child.
+//! Giving back what no name holds: a layer without a name and with one child becomes one with that child.
 //!
 //! Deleting a snapshot only takes its name away; this does the rest, in bounded batches, whenever it is called: a crash
-//! in between loses nothing, because a block that was brought up reads the same from above. Into a *head*, blocks come
-//! up through the core, so that they never run over a client's write (block ownership). Into a *frozen* layer they are
-//! written where its map does not name them, and its map is replaced after they were synced.
+//! in between loses nothing, because a block that was brought up reads the same from above. Bytes go the way on which
+//! fewer have to be copied: up into the child, or down from a frozen child ([`super::fold`]).
+//!
+//! Into a *head*, blocks come up through the core, so that they never run over a client's write (block ownership); a
+//! layer that is much larger than the head over it stays where it is, and only what the head hides is given back. Into a
+//! *frozen* layer they are written where its map does not name them, and its map is replaced after they were synced.
 //!
 //! On a full disk the batch that does not fit gives back what came up before it: the map that names it above is synced,
-//! every reader of an older index has ended (or this waits no longer than `EPOCH_WAIT_MAX` and goes without), and
-//! then the lower layer's blocks are punched.
+//! every reader of an older index has ended (or this waits no longer than `EPOCH_WAIT_MAX` and goes without), and then
+//! the lower layer's blocks are punched.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -28,6 +31,7 @@ use crate::{
         BlockState,
         core::{COPY_BLOCKS_MAX, CopySource},
         frozen::Slot,
+        head::HeadIndex,
         map::checkpoint::LogLen,
         plan::Index,
     },
@@ -38,15 +42,28 @@ use crate::{
 };
 
 /// Blocks that are brought up between two looks at what else wants to happen: 16 MiB.
-const BATCH_BLOCKS: u64 = 4096;
+pub(super) const BATCH_BLOCKS: u64 = 4096;
+/// A layer of no more than this comes up into a head of any size: 16 MiB.
+const SMALL_BLOCKS: u64 = 4096;
 /// How long a full disk waits for readers of older indexes.
 const EPOCH_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// A layer that can go, and what it goes into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Candidate {
-    layer: Uuid,
-    child: Uuid,
+pub(super) struct Candidate {
+    pub layer: Uuid,
+    pub child: Uuid,
+}
+
+/// How far a merge got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// One layer less, or something else came in between: look again.
+    Done,
+    /// Nothing worth copying for now.
+    Left,
+    /// Asked to stop.
+    Stopped,
 }
 
 impl Disk {
@@ -59,8 +76,11 @@ impl Disk {
         let mut result = Ok(());
         while let Some(candidate) = self.candidate(&left) {
             match self.merge(candidate, &mut go_on) {
-                Ok(true) => {}
-                Ok(false) => return result,
+                Ok(Progress::Done) => {}
+                Ok(Progress::Stopped) => return result,
+                Ok(Progress::Left) => {
+                    left.insert(candidate.layer);
+                }
                 Err(error) => {
                     tracing::warn!(layer = %candidate.layer, %error, "not merged");
                     left.insert(candidate.layer);
@@ -99,8 +119,7 @@ impl Disk {
         candidates.next()
     }
 
-    /// Merge one layer into its child; `false`: asked to stop.
-    fn merge(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<bool> {
+    fn merge(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
         let head_of =
             self.tree().volumes.values().find(|volume| volume.record().head == candidate.child).cloned();
         match head_of {
@@ -114,24 +133,32 @@ impl Disk {
         volume: &Volume,
         candidate: Candidate,
         go_on: &mut impl FnMut() -> bool,
-    ) -> Result<bool> {
+    ) -> Result<Progress> {
         let Some(slot) = self.tree().known_slot(candidate.layer) else {
             return Err(Error::Invalid(format!("internal: layer {} is not open", candidate.layer)));
         };
+        if !is_worth_it(&volume.live()?.view().index, slot) {
+            let _life = self.life();
+            if volume.record().head == candidate.child {
+                self.give_back_below_head(volume.live()?, slot)?;
+            }
+            return Ok(Progress::Left);
+        }
         let mut at = Block(0);
         loop {
             if !go_on() {
-                return Ok(false);
+                return Ok(Progress::Stopped);
             }
             let _life = self.life();
             if volume.record().head != candidate.child {
-                // A snapshot or a revert came in between: look again.
-                return Ok(true);
+                // A snapshot or a revert came in between.
+                return Ok(Progress::Done);
             }
             let executor = volume.live()?;
             let end = executor.view().index.head.block_count();
             if at.0 >= end.0 {
-                return self.finish_merge(candidate).map(|()| true);
+                self.finish_merge(candidate)?;
+                return Ok(Progress::Done);
             }
             let batch = BlockRange { start: at, count: BlockCount(BATCH_BLOCKS.min(end.0 - at.0)) };
             for blocks in wanted(&executor.view().index, slot, batch) {
@@ -176,6 +203,7 @@ impl Disk {
             return Ok(());
         }
         let all = BlockRange { start: Block(0), count: view.index.head.block_count() };
+        // Flushed above, and a head's block never becomes absent again: what is hidden now is hidden after a crash.
         let hidden = view.index.head.runs(all).filter(|(_, state)| *state != BlockState::Absent);
         for (run, value) in hidden.flat_map(|(run, _)| view.index.frozen.runs(run)) {
             if value.slot() == Some(slot) {
@@ -185,7 +213,7 @@ impl Disk {
         Ok(())
     }
 
-    fn merge_into_frozen(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<bool> {
+    fn merge_into_frozen(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
         let (lower, mut upper) = {
             let _life = self.life();
             (layer::open(&*self.storage, candidate.layer)?, layer::open(&*self.storage, candidate.child)?)
@@ -193,12 +221,15 @@ impl Disk {
         if let Some(fault) = lower.fault.as_ref().or(upper.fault.as_ref()) {
             return Err(Error::Failed { reason: fault.as_str().into() });
         }
+        if data_blocks(&upper.index) < visible_blocks(&lower, &upper) {
+            return self.fold(lower, &upper, go_on);
+        }
         let end = lower.index.block_count().0.min(upper.index.block_count().0);
         let mut at = 0;
         while at < end {
             if !go_on() {
                 self.replace_map(&mut upper)?;
-                return Ok(false);
+                return Ok(Progress::Stopped);
             }
             let batch = BlockRange::new(at, BATCH_BLOCKS.min(end - at));
             match merge_batch(&lower, &upper, batch) {
@@ -212,11 +243,12 @@ impl Disk {
         }
         let _life = self.life();
         self.replace_map(&mut upper)?;
-        self.finish_merge(candidate).map(|()| true)
+        self.finish_merge(candidate)?;
+        Ok(Progress::Done)
     }
 
     /// Make what came up into a frozen layer durable, data first.
-    fn replace_map(&self, upper: &mut Layer) -> Result<()> {
+    pub(super) fn replace_map(&self, upper: &mut Layer) -> Result<()> {
         upper.data.sync()?;
         upper.log = layer::rewrite_map(&*self.storage, upper.uuid, &upper.log, &upper.index, LogLen::Sealed)?;
         Ok(())
@@ -260,7 +292,7 @@ impl Disk {
         Ok(())
     }
 
-    fn volumes_over(&self, layer: Uuid) -> Vec<Arc<Volume>> {
+    pub(super) fn volumes_over(&self, layer: Uuid) -> Vec<Arc<Volume>> {
         let lists = |record: &VolumeRecord| record.layers.iter().any(|known| known.uuid == layer);
         self.tree().volumes.values().filter(|volume| lists(&volume.record())).cloned().collect()
     }
@@ -290,11 +322,16 @@ impl Disk {
         Ok(())
     }
 
-    /// Wait until nobody follows an older index; `false`: someone still does.
+    /// Whether nobody follows an older index of these volumes, or a snapshot.
+    pub(super) fn no_readers(&self, executors: &[&Executor]) -> bool {
+        executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views()
+    }
+
+    /// Wait until [`Disk::no_readers`]; `false`: there still are some.
     fn wait_for_readers(&self, executors: &[&Executor]) -> bool {
         let deadline = Instant::now() + EPOCH_WAIT_MAX;
         loop {
-            if executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views() {
+            if self.no_readers(executors) {
                 return true;
             }
             if Instant::now() > deadline {
@@ -304,6 +341,26 @@ impl Disk {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// Whether bringing this layer up into the head costs less than leaving it.
+fn is_worth_it(index: &Index, slot: Slot) -> bool {
+    let all = BlockRange { start: Block(0), count: index.head.block_count() };
+    let up: u64 = wanted(index, slot, all).iter().map(|run| run.count.0).sum();
+    up <= SMALL_BLOCKS.max(data_blocks(&index.head))
+}
+
+fn data_blocks(index: &HeadIndex) -> u64 {
+    let all = BlockRange { start: Block(0), count: index.block_count() };
+    index.runs(all).filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+}
+
+/// Data blocks of `lower` that `upper` does not hide.
+fn visible_blocks(lower: &Layer, upper: &Layer) -> u64 {
+    let all = BlockRange { start: Block(0), count: lower.index.block_count() };
+    let absent = upper.index.runs(all).filter(|(_, state)| *state == BlockState::Absent);
+    let below = absent.flat_map(|(run, _)| lower.index.runs(run));
+    below.filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
 }
 
 /// Runs of `batch` that the head does not know and `slot` answers for.
@@ -333,7 +390,7 @@ fn merge_batch(lower: &Layer, upper: &Layer, batch: BlockRange) -> Result<()> {
     Ok(())
 }
 
-fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: BlockRange) -> Result<()> {
+pub(super) fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: BlockRange) -> Result<()> {
     let mut start = run.start;
     while start < run.end() {
         let count = run.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
@@ -346,7 +403,7 @@ fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: BlockRange) ->
 }
 
 /// Give space back; what cannot be given back is given back with the file.
-fn punch(file: &dyn StorageFile, run: BlockRange) {
+pub(super) fn punch(file: &dyn StorageFile, run: BlockRange) {
     if let Err(error) = file.punch(run.bytes()) {
         tracing::debug!(%error, "not punched");
     }

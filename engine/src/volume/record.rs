@@ -106,6 +106,17 @@ impl VolumeRecord {
         }
     }
 
+    /// Let `lower` stand for `upper`, its child, whose content it has taken.
+    pub fn fold(&mut self, upper: Uuid, lower: Uuid) {
+        self.layers.retain(|known| known.uuid != upper);
+        for child in self.layers.iter_mut().filter(|known| known.parent == Some(upper)) {
+            child.parent = Some(lower);
+        }
+        for snapshot in self.snapshots.iter_mut().filter(|snapshot| snapshot.layer == upper) {
+            snapshot.layer = lower;
+        }
+    }
+
     /// The name of the volume's directory.
     pub fn dir_name(&self) -> String {
         dir_name(&self.name, self.uuid)

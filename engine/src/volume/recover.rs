@@ -4,9 +4,11 @@
 //! are taken from where the file system keeps bytes (layers are identity-mapped): allocated is *data*, the rest is
 //! *absent*. That is the best guess there is, so every such range is reported, and nothing is recovered unasked.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 
-use super::{device::VolumeInfo, disk::Disk, layer};
+use super::{device::VolumeInfo, disk::Disk, layer, record::VolumeRecord, tree::Broken};
 use crate::{
     cow::{
         BlockState,
@@ -51,8 +53,10 @@ impl Disk {
             Some(volume) => volume.record(),
             None => self.broken_record(volume)?,
         };
+        // A head that takes writes is whole, and its files are being written to.
+        let whole = open.as_ref().is_some_and(|volume| volume.live().is_ok()).then_some(record.head);
         let mut layers = Vec::new();
-        for layer in &record.layers {
+        for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
             let log_len = if layer.uuid == record.head { LogLen::LIVE } else { LogLen::Sealed };
             layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
             self.tree().forget_indexes(layer.uuid);
@@ -67,18 +71,37 @@ impl Disk {
             });
         }
         drop(claim);
-        drop(open);
-        self.tree().volumes.remove(volume);
-        let reopened = self.open_volume(record.clone())?;
-        let info = reopened.info();
-        let mut tree = self.tree();
-        tree.broken.retain(|broken| broken.name != volume);
-        tree.volumes.insert(record.name, std::sync::Arc::new(reopened));
-        drop(tree);
+        let info = match open.filter(|_| whole.is_some()) {
+            Some(volume) => volume.info(),
+            None => self.serve_anew(record)?,
+        };
         for layer in &layers {
             self.rebuild_over(layer.layer)?;
         }
         Ok(Recovered { volume: info, layers })
+    }
+}
+
+impl Disk {
+    /// Open a volume again whose layers are whole now.
+    fn serve_anew(&self, record: VolumeRecord) -> Result<VolumeInfo> {
+        self.tree().volumes.remove(&record.name);
+        let opened = self.open_volume(record.clone());
+        let mut tree = self.tree();
+        tree.broken.retain(|broken| broken.name != record.name);
+        match opened {
+            Ok(volume) => {
+                let volume = Arc::new(volume);
+                tree.volumes.insert(record.name, volume.clone());
+                drop(tree);
+                Ok(volume.info())
+            }
+            Err(error) => {
+                let (name, reason) = (record.name.clone(), error.to_string());
+                tree.broken.push(Broken { name, reason, record: Some(record) });
+                Err(error)
+            }
+        }
     }
 }
 

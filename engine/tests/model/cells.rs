@@ -96,6 +96,11 @@ impl Cells {
         self.cells.len() as u64 * CELL
     }
 
+    /// The volume has grown; what is new reads as zeros.
+    pub fn grow(&mut self, size: u64) {
+        self.cells.resize(index(size / CELL), vec![Entry { value: 0, change: 0 }]);
+    }
+
     fn stamp(&self, change: usize, cell: usize) -> u64 {
         self.salt << 48 | (change as u64) << 24 | cell as u64
     }

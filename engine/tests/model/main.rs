@@ -10,7 +10,14 @@
 //! workloads.
 
 mod cells;
+mod crashes;
+mod damage;
 mod disk;
+mod enumerated;
+mod faults;
+mod life;
+mod log;
+mod pairs;
 mod random;
 
 /// A number from the environment.

@@ -86,6 +86,35 @@ fn a_view_of_a_live_volume_stays_as_it_was_while_the_volume_goes_on() {
     assert!(disk.volume("v").expect("there").info().snapshots.is_empty());
 }
 
+#[test]
+fn exporting_a_large_live_volume_again_and_again_copies_none_of_it() {
+    let size = 96 << 20;
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(size))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    for chunk in 0..size >> 20 {
+        volume.write_at(&vec![7; 1 << 20], chunk << 20, Durability::Volatile).expect("written");
+    }
+    for round in 0..4u64 {
+        let view = disk.view("v", None).expect("viewed");
+        volume.write_at(&[9; 8192], round * 12_288, Durability::Volatile).expect("written");
+        drop(view);
+        disk.reclaim(|| true).expect("merged");
+    }
+    let info = disk.volume("v").expect("there").info();
+    assert!(info.layer_count <= 2, "{} layers", info.layer_count);
+    assert!(info.allocated.0 < size + (1 << 20), "{} bytes for {size}", info.allocated.0);
+    let mut expected = vec![7; to_usize(size)];
+    for round in 0..4 {
+        expected[round * 12_288..round * 12_288 + 8192].fill(9);
+    }
+    assert_same(&content(&*volume), &expected, "the volume");
+    disk.flush().expect("flushed");
+    drop((volume, disk));
+    assert_same(&content(&*fixture.disk().volume("v").expect("there")), &expected, "after reopening");
+}
+
 /// What a volume and its snapshots should read.
 #[derive(Clone, Default)]
 struct Model {

@@ -81,7 +81,9 @@ impl Rng {
 /// All bytes of a device.
 pub fn content(device: &dyn bedplate_engine::device::BlockDevice) -> Vec<u8> {
     let mut bytes = vec![0; device.geometry().size.as_usize()];
-    device.read_at(&mut bytes, 0).expect("the device is readable");
+    for (piece, n) in bytes.chunks_mut(8 << 20).zip(0u64..) {
+        device.read_at(piece, n * (8 << 20)).expect("the device is readable");
+    }
     bytes
 }
 

@@ -11,7 +11,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use bedplate_engine::{
@@ -138,11 +138,15 @@ impl MemoryDevice {
         gate.inside += 1;
         gate.most_inside = gate.most_inside.max(gate.inside);
         self.gate_changed.notify_all();
-        let deadline = Instant::now() + HOLD_MAX;
-        while gate.most_inside < gate.needed && Instant::now() < deadline {
-            let left = deadline.saturating_duration_since(Instant::now());
-            gate = self.gate_changed.wait_timeout(gate, left).unwrap_or_else(PoisonError::into_inner).0;
+        let waited =
+            self.gate_changed.wait_timeout_while(gate, HOLD_MAX, |gate| gate.most_inside < gate.needed);
+        let (mut gate, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            // They do not come; nobody else is to wait for them.
+            gate.needed = 0;
+            self.gate_changed.notify_all();
         }
+        drop(gate);
         Inside(self)
     }
 }
@@ -254,8 +258,12 @@ impl BlockDevice for MemoryDevice {
         let mut at = range.start.0;
         while at < end {
             let block = at / BLOCK_SIZE;
-            let next = ((block + 1) * BLOCK_SIZE).min(end);
-            let kind = if state.live.contains_key(&block) { ExtentKind::Data } else { ExtentKind::Zero };
+            let (kind, next) = match state.live.range(block..).next() {
+                Some((data, _)) if *data == block => (ExtentKind::Data, block + 1),
+                Some((data, _)) => (ExtentKind::Zero, *data),
+                None => (ExtentKind::Zero, end.div_ceil(BLOCK_SIZE)),
+            };
+            let next = (next * BLOCK_SIZE).min(end);
             match extents.last_mut() {
                 Some(last) if last.kind == kind => last.range.len.0 += next - at,
                 _ => extents.push(Extent { range: ByteRange::new(at, next - at), kind }),

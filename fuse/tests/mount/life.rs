@@ -218,16 +218,20 @@ fn every_serving_thread_is_an_io_flusher_where_the_process_may_make_it_one() {
         if allowed { "there" } else { "missing: the mount has to do without" }
     );
     let _fixture = Fixture::new();
-    let mut serving = 0;
-    for task in fs::read_dir("/proc/self/task").unwrap() {
+    let enough = MountOptions::default().threads.get();
+    until("the threads' start", || serving_flags().len() >= enough);
+    assert!(serving_flags().iter().all(|flags| flags & IO_FLUSHER == expected), "{:x?}", serving_flags());
+}
+
+/// The flags of every thread of this process that serves a mount, by proc_pid_stat(5).
+fn serving_flags() -> Vec<u64> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let flags = tasks.filter_map(|task| {
         // A thread of another test may end meanwhile.
-        let Ok(stat) = fs::read_to_string(task.unwrap().path().join("stat")) else { continue };
-        let Some((name, fields)) = stat.rsplit_once(')') else { continue };
-        let flags: u64 = fields.split_whitespace().nth(6).unwrap().parse().unwrap();
-        if name.contains("(fuser-") {
-            serving += 1;
-            assert_eq!(flags & IO_FLUSHER, expected, "{stat}");
-        }
-    }
-    assert!(serving >= MountOptions::default().threads.get());
+        let stat = fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
+        let (name, fields) = stat.rsplit_once(')')?;
+        let flags = fields.split_whitespace().nth(6)?.parse().ok()?;
+        name.contains("(fuser-").then_some(flags)
+    });
+    flags.collect()
 }

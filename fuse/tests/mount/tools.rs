@@ -1,8 +1,10 @@
 //! What people do with disks as files: dd, cp, qemu-img, a shell's redirection, fio.
 
-use std::fs;
+use std::{fs, process::Command};
 
-use crate::fixture::{Fixture, VOLUME_SIZE, pattern, shell, shell_ok};
+use bedplate_fuse::Change;
+
+use crate::fixture::{Fixture, VOLUME, VOLUME_SIZE, pattern, shell, shell_ok};
 
 /// A sparse file as long as the volume, with data, holes and zeros, at `$T/source`.
 fn source(fixture: &Fixture) -> Vec<u8> {
@@ -106,4 +108,45 @@ fn fio_verifies_what_several_jobs_wrote_at_depth() {
 fn a_file_system_is_made_on_a_volume_and_is_sound() {
     let fixture = Fixture::new();
     shell_ok(&fixture, "mkfs.ext4 -q -F $F; fsck.ext4 -fn $F");
+}
+
+#[test]
+fn a_loop_device_over_a_volume_carries_a_file_system_discards_and_follows_a_resize() {
+    let fixture = Fixture::new();
+    let script = "
+        L=$(losetup --find --show --direct-io=on $F)
+        trap 'mountpoint -q $T/fs && umount $T/fs; losetup -d $L' EXIT
+        mkfs.ext4 -q $L
+        mkdir $T/fs; mount -o discard $L $T/fs
+        dd if=/dev/urandom of=$T/fs/file bs=1M count=20 status=none
+        sha512sum < $T/fs/file > $T/sum
+        umount $T/fs; fsck.ext4 -fn $L; mount $L $T/fs
+        sha512sum < $T/fs/file | cmp - $T/sum
+        umount $T/fs
+        blkdiscard $L";
+    shell_ok(&fixture, script);
+    let whole = usize::try_from(VOLUME_SIZE).unwrap();
+    assert!(fixture.volume.peek(0, whole).iter().all(|byte| *byte == 0), "the discard reached the device");
+
+    let device = LoopDevice::over(&fixture);
+    fixture.volume.grow(2 * VOLUME_SIZE);
+    assert!(fixture.mount().invalidate(Change::Content { file: VOLUME }));
+    let script = format!("stat -c %s $F; losetup -c {0}; blockdev --getsize64 {0}", device.0);
+    assert_eq!(shell_ok(&fixture, &script), format!("{0}\n{0}\n", 2 * VOLUME_SIZE));
+}
+
+/// A loop device, detached when the test is over.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(fixture: &Fixture) -> LoopDevice {
+        LoopDevice(shell_ok(fixture, "losetup --find --show --direct-io=on $F").trim().into())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").args(["-d", &self.0]).status();
+        assert!(detached.is_ok_and(|status| status.success()), "{} stays attached", self.0);
+    }
 }

@@ -5,15 +5,11 @@ use std::{
     sync::Barrier,
 };
 
-use bedplate_engine::{
-    device::{Access, Complete, Extent, ExtentKind, Geometry, Reply, Request},
-    units::{ByteLen, ByteRange},
-};
-
 use super::{
     origin::{Answer, Origin, Pace},
     *,
 };
+use crate::prep::testing::MemoryDevice;
 
 /// A file with a hole, data, a hole and an odd end.
 fn sparse_file(dir: &Path) -> (PathBuf, Vec<u8>) {
@@ -26,32 +22,6 @@ fn sparse_file(dir: &Path) -> (PathBuf, Vec<u8>) {
     file.write_all_at(&content[1 << 20..(1 << 20) + 300_000], 1 << 20).unwrap();
     file.write_all_at(&[9; 10], end as u64 - 10).unwrap();
     (path, content)
-}
-
-/// A device over bytes, whose first half has no data when it is zero.
-struct Memory(Vec<u8>);
-
-impl BlockDevice for Memory {
-    fn geometry(&self) -> Geometry {
-        Geometry { size: ByteLen(self.0.len() as u64), access: Access::ReadOnly }
-    }
-
-    fn submit(&self, request: Request, complete: Complete) {
-        let Request::Read { offset, mut buffer } = request else { panic!("only reads") };
-        let at = usize::try_from(offset).unwrap();
-        let end = at + buffer.len();
-        buffer.copy_from_slice(&self.0[at..end]);
-        complete(Reply { result: Ok(()), buffer });
-    }
-
-    fn extents(&self, range: ByteRange) -> StorageResult<Vec<Extent>> {
-        // One run at a time, as a device may.
-        let half = self.0.len() as u64 / 2;
-        let (end, kind) =
-            if range.start.0 < half { (half, ExtentKind::Zero) } else { (u64::MAX, ExtentKind::Data) };
-        let end = range.end().0.min(end);
-        Ok(vec![Extent { range: ByteRange::new(range.start.0, end - range.start.0), kind }])
-    }
 }
 
 #[test]
@@ -84,7 +54,7 @@ fn a_volume_comes_in_from_its_view_without_reading_zeros() {
     let node = Node::new();
     let mut content = vec![0; 3 << 20];
     content.extend_from_slice(&noise(3 << 20, 31));
-    node.host.volumes.lock().unwrap().insert("web".to_owned(), Arc::new(Memory(content.clone())));
+    node.host.volumes.lock().unwrap().insert("web".to_owned(), Arc::new(MemoryDevice(content.clone())));
     let info = node.bring("a", "volume:web@monday").unwrap();
     assert!(node.content("a") == content);
     assert!(info.allocated_bytes <= (3 << 20) + 8192);

@@ -1,6 +1,6 @@
 //! What the disk does: it fills up, its bytes change, its records are not ours.
 
-use std::process::Command;
+use std::{os::unix::fs::FileExt, process::Command};
 
 use super::{
     arrivals::damage_quietly,
@@ -9,24 +9,51 @@ use super::{
 };
 
 /// A file system of its own, unmounted at the end.
-struct SmallDisk(TempDir);
+struct SmallDisk {
+    mount: TempDir,
+    /// The file under a file system that lives on a loop device.
+    backing: Option<TempDir>,
+}
 
 impl SmallDisk {
-    fn new(size: &str) -> SmallDisk {
-        let dir = tempfile::tempdir().unwrap();
+    fn tmpfs(size: &str) -> SmallDisk {
+        let disk = SmallDisk { mount: tempfile::tempdir().unwrap(), backing: None };
         let options = format!("size={size}");
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(dir.path()).status();
-        assert!(mounted.unwrap().success(), "tests run as root");
-        SmallDisk(dir)
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(disk.path()));
+        disk
+    }
+
+    /// On a file, by way of a loop device that goes with the mount.
+    fn on_file(mkfs: &[&str], size: u64) -> SmallDisk {
+        let backing = tempfile::tempdir().unwrap();
+        let disk = SmallDisk { mount: tempfile::tempdir().unwrap(), backing: Some(backing) };
+        let file = disk.backing_file();
+        std::fs::File::create(&file).unwrap().set_len(size).unwrap();
+        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&file));
+        run(Command::new("mount").args(["-o", "loop"]).arg(&file).arg(disk.path()));
+        disk
+    }
+
+    fn path(&self) -> &Path {
+        self.mount.path()
+    }
+
+    fn backing_file(&self) -> PathBuf {
+        self.backing.as_ref().unwrap().path().join("file-system")
     }
 }
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
         // Lazily, as a failed test may leave files open.
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
     }
+}
+
+/// Tests of disks run as root.
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn ready(node: &Node) -> PathBuf {
@@ -38,9 +65,9 @@ fn ready(node: &Node) -> PathBuf {
 
 #[test]
 fn room_is_checked_before_the_first_byte() {
-    let disk = SmallDisk::new("16m");
+    let disk = SmallDisk::tmpfs("16m");
     let origin = Origin::file(&noise(20 << 20, 41));
-    let node = Node::over(disk.0.path(), settings());
+    let node = Node::over(disk.path(), settings());
     let failed = failure(node.bring("a", &origin.url("/a")));
     assert_eq!(failed.code, FailureCode::NoSpace);
     assert!(failed.message.contains("are needed"), "{}", failed.message);
@@ -49,8 +76,8 @@ fn room_is_checked_before_the_first_byte() {
 
 #[test]
 fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_there_is_room() {
-    let disk = SmallDisk::new("16m");
-    let ballast = disk.0.path().join("ballast");
+    let disk = SmallDisk::tmpfs("16m");
+    let ballast = disk.path().join("ballast");
     std::fs::write(&ballast, vec![1; 8 << 20]).unwrap();
     let content = noise(10 << 20, 42);
     let body = content.clone();
@@ -59,7 +86,7 @@ fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_the
         0 => Answer::chunked(&body, "etag: \"v1\"\r\n", None),
         first => Answer::part(&body, first, "etag: \"v1\"\r\n"),
     });
-    let node = Node::over(disk.0.path(), settings());
+    let node = Node::over(disk.path(), settings());
     let failed = failure(node.bring("a", &origin.url("/a")));
     assert_eq!(failed.code, FailureCode::NoSpace);
     let kept = node.images.get("a").unwrap().allocated_bytes;
@@ -74,10 +101,10 @@ fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_the
 
 #[test]
 fn a_cancel_clears_what_a_failed_job_has_kept() {
-    let disk = SmallDisk::new("8m");
+    let disk = SmallDisk::tmpfs("8m");
     let body = noise(10 << 20, 43);
     let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
-    let node = Node::over(disk.0.path(), settings());
+    let node = Node::over(disk.path(), settings());
     assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::NoSpace);
     assert!(node.images.get("a").unwrap().allocated_bytes > 0);
     assert_eq!(node.cancel("a").unwrap().allocated_bytes, 0);
@@ -101,6 +128,45 @@ fn verify_reads_the_medium_and_finds_a_byte_that_changed() {
         Err(Error::Failed { .. })
     ));
     assert_eq!(node.images.get("a").unwrap().size_bytes, Some(2 << 20), "the record tells what it was");
+}
+
+#[test]
+fn verify_finds_what_the_page_cache_hides() {
+    let disk = SmallDisk::on_file(&["mkfs.ext4", "-q", "-b", "4096"], 64 << 20);
+    let node = Node::over(disk.path(), settings());
+    let path = ready(&node);
+    let content = std::fs::read(&path).unwrap();
+    // The medium goes bad under the file system.
+    let backing = std::fs::OpenOptions::new().read(true).write(true).open(disk.backing_file()).unwrap();
+    let bytes = std::fs::read(disk.backing_file()).unwrap();
+    let block = &content[1 << 20..(1 << 20) + 4096];
+    let at = bytes.chunks_exact(4096).position(|found| found == block).unwrap() * 4096;
+    backing.write_all_at(&[!block[9]], at as u64 + 9).unwrap();
+
+    assert!(std::fs::read(&path).unwrap() == content, "the cache still holds the good bytes");
+    node.images.verify("a").unwrap();
+    assert_eq!(failure(node.wait("a")).code, FailureCode::Corrupt);
+    drop(node);
+}
+
+#[test]
+fn a_clone_shares_its_blocks_where_the_file_system_can() {
+    let disk = SmallDisk::on_file(&["mkfs.xfs", "-q", "-m", "reflink=1"], 400 << 20);
+    let node = Node::over(disk.path(), settings());
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    std::fs::write(&source, noise(24 << 20, 44)).unwrap();
+    node.bring("a", source.to_str().unwrap()).unwrap();
+    let held = DiskDir::open(Uuid::nil(), disk.path()).unwrap();
+    let before = held.free_bytes().unwrap();
+    let clone = node.bring("b", "image:a").unwrap();
+    // XFS gives space back late, so there may even be more.
+    assert!(held.free_bytes().unwrap() + (4 << 20) > before);
+    assert!(node.content("b") == node.content("a"));
+    assert_eq!(clone.allocated_bytes, 24 << 20);
+    node.delete("a").unwrap();
+    node.images.verify("b").unwrap();
+    node.wait("b").unwrap();
 }
 
 #[test]

@@ -7,6 +7,8 @@ mod arrivals;
 mod disk;
 mod download;
 mod origin;
+mod peer;
+mod random;
 mod restart;
 
 use std::{

@@ -42,10 +42,10 @@ fn kept_on(disk: &Path, position: u64) -> (PathBuf, Kept) {
     loop {
         if let Some(image) = std::fs::read_dir(disk.join("images")).ok().and_then(|mut dirs| dirs.next()) {
             let image = image.unwrap().path();
-            if let Some(kept) = Kept::load(&Directory::open(&image).unwrap(), NAMES) {
-                if kept.position >= position {
-                    return (image, kept);
-                }
+            if let Some(kept) = Kept::load(&Directory::open(&image).unwrap(), NAMES)
+                && kept.position >= position
+            {
+                return (image, kept);
             }
         }
         assert!(Instant::now() < deadline, "nothing was kept");

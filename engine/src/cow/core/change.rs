@@ -361,7 +361,7 @@ impl Core {
             Op::Write { durability, .. } | Op::Zero { durability, .. } => durability == Durability::Fua,
             Op::CopyUp { .. } | Op::Flush | Op::Barrier => false,
         };
-        match (change.error, &self.failed) {
+        match (change.error, self.failed()) {
             (Some(error), _) => step.finished.push((id, Err(error))),
             (None, Some(_)) => step.finished.push((id, Err(self.failure()))),
             (None, None) if fua => self.wait_for_commit(id),

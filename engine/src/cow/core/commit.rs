@@ -14,7 +14,6 @@ use crate::{
         BlockState,
         changes::Changes,
         map::{
-            MAP_LOG_MIN,
             checkpoint::{self, Header, LogLen},
             log::{self, LogEnd},
         },
@@ -98,7 +97,8 @@ impl Core {
             self.checkpoint_wanted = false;
             let sequence = self.log.sequence + u64::from(!cut.is_empty());
             let generation = self.log.generation + 1;
-            let log_len = LogLen::Live { least: self.log.log_len().min(MAP_LOG_MIN) };
+            // No shorter than this one, or the records that follow the cut might not fit.
+            let log_len = LogLen::Live { least: self.log.log_len() };
             let (bytes, header) =
                 checkpoint::encode(self.layer, generation, sequence, &self.index.head, log_len);
             self.checkpoint = Checkpoint::Cut { bytes, header };
@@ -122,12 +122,11 @@ impl Core {
         };
         match (result, stage) {
             (Err(error), _) => {
-                self.fail(step, &error);
-                if let Commit::Running { waiters, .. } = std::mem::replace(&mut self.commit, Commit::Idle) {
-                    for op in waiters {
-                        self.committed(step, op, Err(error.clone()));
-                    }
-                }
+                let waiters = match std::mem::replace(&mut self.commit, Commit::Idle) {
+                    Commit::Running { waiters, .. } => waiters,
+                    Commit::Idle => Vec::new(),
+                };
+                self.fail(step, &error, waiters);
             }
             (Ok(_), Stage::Data) => self.data_synced(step),
             (Ok(_), Stage::Inherited) => {
@@ -238,7 +237,7 @@ impl Core {
                 self.checkpoint_wanted = false;
             }
             // Nobody knows which of the two files the next opening finds, so no further commit may be answered.
-            (Err(error), _) => self.fail(step, &error),
+            (Err(error), _) => self.fail(step, &error, Vec::new()),
             (Ok(_), _) => {}
         }
     }

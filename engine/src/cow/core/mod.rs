@@ -242,7 +242,22 @@ pub struct Core {
     waiters: Vec<OpId>,
     checkpoint: Checkpoint,
     checkpoint_wanted: bool,
-    failed: Option<Arc<str>>,
+    health: Health,
+}
+
+/// Whether the layer takes writes.
+#[derive(Debug)]
+enum Health {
+    Sound,
+    /// The mark for the next opening is being left. Who waited for the commit that failed hears of it after that, so
+    /// that no restart forgets what somebody was told.
+    Marking {
+        reason: Arc<str>,
+        unanswered: Vec<(OpId, Error)>,
+    },
+    Failed {
+        reason: Arc<str>,
+    },
 }
 
 impl Core {
@@ -268,7 +283,7 @@ impl Core {
             waiters: Vec::new(),
             checkpoint: Checkpoint::Idle,
             checkpoint_wanted: false,
-            failed: None,
+            health: Health::Sound,
         }
     }
 
@@ -284,12 +299,15 @@ impl Core {
 
     /// Why the layer takes no more writes, if so.
     pub fn failed(&self) -> Option<&Arc<str>> {
-        self.failed.as_ref()
+        match &self.health {
+            Health::Sound => None,
+            Health::Marking { reason, .. } | Health::Failed { reason } => Some(reason),
+        }
     }
 
     /// Start an operation. An error means that it did not start: out of range, too many, failed before.
     pub fn submit(&mut self, op: Op) -> Result<(OpId, Step)> {
-        if let Some(reason) = &self.failed {
+        if let Some(reason) = self.failed() {
             return Err(Error::Failed { reason: reason.clone() });
         }
         if self.ops.len() >= OPS_MAX {
@@ -338,7 +356,7 @@ impl Core {
             Some(Pending::Commit) => self.commit_completed(result, &mut step),
             Some(Pending::Stage) => self.stage_completed(result, &mut step),
             Some(Pending::Switch) => self.switch_completed(result, &mut step),
-            Some(Pending::Mark) => {}
+            Some(Pending::Mark) => self.marked(&mut step),
             None => debug_assert!(false, "{action:?} completed twice"),
         }
         self.pump(&mut step);
@@ -378,7 +396,7 @@ impl Core {
     /// answers what waits.
     pub fn poison(&mut self, reason: Arc<str>) {
         debug_assert_eq!(self.admission, Admission::Closed);
-        self.failed = Some(reason);
+        self.health = Health::Failed { reason };
     }
 
     fn fresh_id(&mut self) -> u64 {
@@ -407,10 +425,15 @@ impl Core {
     /// Do whatever can be done now, until nothing can.
     fn pump(&mut self, step: &mut Step) {
         loop {
-            let moved = if self.failed.is_some() {
-                self.refuse_waiting(step)
-            } else {
-                self.admit(step) | self.close() | self.advance_checkpoint(step) | self.advance_commit(step)
+            let moved = match self.health {
+                Health::Sound => {
+                    self.admit(step)
+                        | self.close()
+                        | self.advance_checkpoint(step)
+                        | self.advance_commit(step)
+                }
+                Health::Marking { .. } => false,
+                Health::Failed { .. } => self.refuse_waiting(step),
             };
             if !moved {
                 return;
@@ -478,19 +501,38 @@ impl Core {
         self.finish(step, op, result);
     }
 
-    /// No more writes: data or map could not be synced, and a sync that failed cannot be repeated.
-    fn fail(&mut self, step: &mut Step, error: &Error) {
-        if self.failed.is_some() {
-            return;
+    /// No more writes: data or map could not be synced, and a sync that failed cannot be repeated. `waiters` are
+    /// answered once the mark is left.
+    fn fail(&mut self, step: &mut Step, error: &Error, waiters: Vec<OpId>) {
+        let mut unanswered: Vec<(OpId, Error)> = waiters.into_iter().map(|op| (op, error.clone())).collect();
+        match &mut self.health {
+            Health::Sound => {
+                let reason: Arc<str> = error.to_string().into();
+                self.checkpoint = Checkpoint::Idle;
+                self.health = Health::Marking { reason: reason.clone(), unanswered };
+                self.act(step, None, Pending::Mark, ActionKind::MarkFailed { reason });
+            }
+            Health::Marking { unanswered: others, .. } => others.append(&mut unanswered),
+            Health::Failed { .. } => self.answer(step, unanswered),
         }
-        let reason: Arc<str> = error.to_string().into();
-        self.failed = Some(reason.clone());
-        self.checkpoint = Checkpoint::Idle;
-        self.act(step, None, Pending::Mark, ActionKind::MarkFailed { reason });
+    }
+
+    fn marked(&mut self, step: &mut Step) {
+        if let Health::Marking { reason, unanswered } = &mut self.health {
+            let unanswered = std::mem::take(unanswered);
+            self.health = Health::Failed { reason: reason.clone() };
+            self.answer(step, unanswered);
+        }
+    }
+
+    fn answer(&mut self, step: &mut Step, unanswered: Vec<(OpId, Error)>) {
+        for (op, error) in unanswered {
+            self.committed(step, op, Err(error));
+        }
     }
 
     fn failure(&self) -> Error {
-        let reason = self.failed.clone().unwrap_or_else(|| "unknown".into());
+        let reason = self.failed().cloned().unwrap_or_else(|| "unknown".into());
         Error::Failed { reason }
     }
 

@@ -1,6 +1,6 @@
 //! Bytes from an http(s) URL, however often the connection breaks.
 //!
-//! Owns the loop of attempts: what an answer means is decided in [`response`], how a request travels in [`request`].
+//! Owns the loop of attempts: what an answer means is decided in `response`, how a request travels in `request`.
 //! Promises: a byte that arrived is not asked for again as long as the origin can prove that it serves the same file
 //! (a strong validator; or, when a checksum was given, a range of the same length); a body that ends early is an error
 //! and is resumed; an origin that never delivers is given up within [`HttpSettings::first_byte_within`], one that has
@@ -81,8 +81,9 @@ enum Ended {
 /// What the attempts have in common.
 struct Attempts {
     began: Instant,
-    /// When something new last came, and how far it went; `None` while nothing ever did.
+    /// When something new last came; `None` while nothing ever did.
     progressed: Option<Instant>,
+    /// How far an attempt has come.
     position: u64,
     failed_in_a_row: u32,
     restarts: u32,
@@ -238,11 +239,12 @@ impl Source for HttpSource {
 
 impl Attempts {
     fn note_progress(&mut self, position: u64) {
+        // Coming back to where an earlier attempt had been is no progress.
         if position > self.position {
             self.progressed = Some(Instant::now());
             self.failed_in_a_row = 0;
+            self.position = position;
         }
-        self.position = position;
     }
 
     /// How long to wait before the next attempt: twice as long each time, with a random part, so that many nodes that

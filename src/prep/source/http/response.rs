@@ -66,6 +66,12 @@ pub(super) fn judge(status: StatusCode, headers: &HeaderMap, asked: &Asked<'_>) 
             later(status, headers)
         }
         status if status.is_server_error() => later(status, headers),
+        StatusCode::UNAUTHORIZED => Answer::Refused {
+            reason: format!(
+                "the origin answers {status} (a user and password of the URL are not kept over a restart; create the \
+                 image again with them)"
+            ),
+        },
         status => Answer::Refused { reason: format!("the origin answers {status}") },
     }
 }
@@ -166,10 +172,12 @@ fn later(status: StatusCode, headers: &HeaderMap) -> Answer {
 
 /// The strongest validator of an answer that may stand in If-Range.
 fn validator(headers: &HeaderMap) -> Validator {
-    if let Some(etag) = text(headers, ETAG.as_str()) {
-        if etag.len() >= 2 && etag.starts_with('"') && etag.ends_with('"') {
-            return Validator::Etag(etag.to_owned());
-        }
+    if let Some(etag) = text(headers, ETAG.as_str())
+        && etag.len() >= 2
+        && etag.starts_with('"')
+        && etag.ends_with('"')
+    {
+        return Validator::Etag(etag.to_owned());
     }
     let Some(modified) = text(headers, LAST_MODIFIED.as_str()) else { return Validator::None };
     let strong = match (http_date(modified), text(headers, DATE.as_str()).and_then(http_date)) {

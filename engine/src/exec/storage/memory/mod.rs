@@ -11,6 +11,7 @@ mod file;
 mod names;
 
 use std::{
+    collections::HashSet,
     fmt, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -48,6 +49,13 @@ pub enum CallKind {
     Allocate,
 }
 
+impl CallKind {
+    /// Whether a crash before it may leave something else than a crash after it.
+    fn is_change(self) -> bool {
+        !matches!(self, CallKind::Open | CallKind::Read | CallKind::DropCache | CallKind::List)
+    }
+}
+
 /// One call, before it is carried out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Call {
@@ -73,7 +81,7 @@ pub enum Fault {
 pub type FaultHook = Box<dyn FnMut(&Call) -> Option<Fault> + Send>;
 
 /// Something that a crash may keep or lose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
     /// The newer values of a sector.
     Sector { file: u64, sector: u64 },
@@ -103,6 +111,8 @@ struct Medium {
     life: u64,
     calls: u64,
     stop_at: Option<u64>,
+    /// The medium before each call that changes it, while that is recorded.
+    cuts: Option<Vec<Names>>,
     limit: u64,
     hook: Option<FaultHook>,
 }
@@ -130,7 +140,7 @@ impl MemoryStorage {
     }
 
     fn over(names: Names, write_align: u64, limit: u64) -> MemoryStorage {
-        let medium = Medium { names, life: 0, calls: 0, stop_at: None, limit, hook: None };
+        let medium = Medium { names, life: 0, calls: 0, stop_at: None, cuts: None, limit, hook: None };
         MemoryStorage { shared: Arc::new(Shared { medium: Mutex::new(medium), write_align }), life: 0 }
     }
 
@@ -169,13 +179,19 @@ impl MemoryStorage {
         MemoryStorage { shared: self.shared.clone(), life: medium.life }
     }
 
-    /// The number of outcomes of each effect that a crash would ask for, in the order in which it asks.
+    /// The effects that a crash may be asked about, with their numbers of outcomes. Files that only some outcomes give
+    /// a name are among them.
     pub fn unsynced(&self) -> Vec<(Effect, usize)> {
-        let mut found = Vec::new();
-        drop(self.crash(|effect, outcomes| {
-            found.push((effect, outcomes));
-            0
-        }));
+        let mut found: Vec<(Effect, usize)> = Vec::new();
+        let mut known = HashSet::new();
+        for newest in [false, true] {
+            drop(self.crash(|effect, outcomes| {
+                if known.insert(effect) {
+                    found.push((effect, outcomes));
+                }
+                if newest { outcomes - 1 } else { 0 }
+            }));
+        }
         found
     }
 
@@ -187,6 +203,20 @@ impl MemoryStorage {
     /// Let the call with this number and every later one fail as on a machine that has stopped.
     pub fn stop_at(&self, number: u64) {
         self.lock().stop_at = Some(number);
+    }
+
+    /// Remember the medium before each call that changes it from now on.
+    pub fn record_cuts(&self) {
+        self.lock().cuts = Some(Vec::new());
+    }
+
+    /// The media that were recorded, the last being this one as it is now; recording ends.
+    pub fn take_cuts(&self) -> Vec<MemoryStorage> {
+        let mut medium = self.lock();
+        let (align, limit) = (self.shared.write_align, medium.limit);
+        let cuts = medium.cuts.take().unwrap_or_default();
+        let all = cuts.into_iter().chain([medium.names.clone()]);
+        all.map(|names| MemoryStorage::over(names, align, limit)).collect()
     }
 
     /// Let `hook` see every call from now on.
@@ -262,6 +292,11 @@ impl Medium {
             return Err(Error::io("reach", path, io::Error::other(Stopped)));
         }
         self.calls += 1;
+        if kind.is_change()
+            && let Some(cuts) = &mut self.cuts
+        {
+            cuts.push(self.names.clone());
+        }
         let Some(hook) = &mut self.hook else { return Ok(None) };
         Ok(hook(&Call { kind, path: path.to_owned(), number }))
     }
