@@ -53,6 +53,9 @@ pub enum Error {
     /// A queue or table is full; the limit has this name.
     #[error("too many at once ({limit}); try again")]
     Busy { limit: &'static str },
+    /// A record was replaced, but its directory could not be synced: a crash decides which of the two stays.
+    #[error("it is not known whether this survives a crash: {source}")]
+    Uncertain { source: Box<Error> },
     /// The device is closing down.
     #[error("the volume is closed")]
     Closed,

@@ -3,6 +3,10 @@
 //! Nothing here knows HTTP, tokio, clap or FUSE. Start with `docs/design.md` (why it is right) and `docs/format.md`
 //! (the bytes on disk); then [`device`], the boundary to front ends.
 
+pub mod cow;
 pub mod device;
 pub mod error;
+pub mod exec;
+pub mod image;
 pub mod units;
+pub mod volume;

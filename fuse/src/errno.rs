@@ -50,6 +50,7 @@ pub(crate) fn errno(error: &Error) -> Errno {
         Error::InUse { .. } => Errno::EBUSY,
         Error::Invalid(_) => Errno::EINVAL,
         Error::Busy { .. } => Errno::EBUSY,
+        Error::Uncertain { .. } => Errno::EIO,
         Error::Closed => Errno::ENODEV,
     }
 }

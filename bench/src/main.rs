@@ -1,0 +1,45 @@
+//! `bedplate-bench`: figures that a README line can rest on.
+//!
+//! So far one suite, `map`: what the map of a large volume costs in memory, time to open and time to look up. Run it
+//! from a release build; results are JSON, one object, and are kept under `bench/results/`.
+
+mod machine;
+mod map;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Measure Bedplate. Use a release build on a quiet machine; every figure is a median with its spread.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(subcommand)]
+    suite: Suite,
+}
+
+#[derive(Subcommand)]
+enum Suite {
+    /// The map at full size: memory, open time, 200 layers, volume creation.
+    Map {
+        /// Directory on the disk to measure; a temporary one under it is used and removed.
+        #[arg(long, default_value = "/var/tmp")]
+        dir: PathBuf,
+        /// Directory of a memory file system, for what the lookup itself costs.
+        #[arg(long, default_value = "/dev/shm")]
+        memory_dir: PathBuf,
+        /// Rounds; the lanes of one round run one after another.
+        #[arg(long, default_value_t = 7)]
+        rounds: usize,
+    },
+    /// One measurement in a process of its own, so that its memory is its own. Used by `map`.
+    #[command(hide = true)]
+    MapLane { lane: map::Lane, disk: PathBuf },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().suite {
+        Suite::Map { dir, memory_dir, rounds } => map::run(&dir, &memory_dir, rounds),
+        Suite::MapLane { lane, disk } => map::run_lane(lane, &disk),
+    }
+}

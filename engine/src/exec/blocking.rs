@@ -1,0 +1,354 @@
+//! The blocking executor: a loop around the core in the calling thread.
+//!
+//! Owns [`Executor`], a live volume. A request's thread carries out the actions that its operation owns, one after
+//! another; actions of other operations that its completions set free go to those operations' threads, and
+//! housekeeping to the [`Housekeeper`]. The core is entered under a short lock, never across I/O. Reads take no lock:
+//! they load the published [`View`] and follow it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use arc_swap::ArcSwap;
+
+use super::{head::HeadFiles, housekeeper::Housekeeper, request::Buffers, view::View};
+use crate::{
+    cow::{
+        core::{Action, CopySource, Core, HeadState, Op, OpId, Output, Step},
+        map::log::LogEnd,
+        plan::Index,
+    },
+    device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
+    error::{Error, Result},
+    units::{BlockRange, ByteRange},
+};
+
+/// A volume whose head takes writes.
+#[derive(Debug)]
+pub struct Executor {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    live: ArcSwap<Live>,
+    /// Indexes that were replaced; a reader may still follow one while it can be upgraded.
+    epochs: Mutex<Vec<Weak<Index>>>,
+    housekeeper: Arc<Housekeeper>,
+}
+
+/// What the volume is made of between two life operations.
+#[derive(Debug)]
+struct Live {
+    view: View,
+    head: Arc<HeadFiles>,
+}
+
+#[derive(Debug)]
+struct State {
+    core: Core,
+    mailboxes: HashMap<OpId, Arc<Mailbox>>,
+}
+
+/// Where the thread of an operation learns what to do.
+#[derive(Debug, Default)]
+struct Mailbox {
+    messages: Mutex<Messages>,
+    arrived: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Messages {
+    actions: Vec<Planned>,
+    result: Option<Result<()>>,
+}
+
+/// An action with what was live when it was planned: a later view may not have the files that it names.
+#[derive(Debug)]
+struct Planned {
+    action: Action,
+    live: Arc<Live>,
+}
+
+impl Planned {
+    fn carry_out(&self, buffers: &mut Buffers<'_>) -> Result<Output> {
+        buffers.carry_out(&self.action.kind, &self.live.head, &self.live.view)
+    }
+}
+
+enum Message {
+    Do(Planned),
+    Done(Result<()>),
+}
+
+impl Mailbox {
+    fn lock(&self) -> MutexGuard<'_, Messages> {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, action: Planned) {
+        self.lock().actions.push(action);
+        self.arrived.notify_one();
+    }
+
+    fn finish(&self, result: Result<()>) {
+        self.lock().result = Some(result);
+        self.arrived.notify_one();
+    }
+
+    /// The next thing to do; the result only after the last action.
+    fn take(&self) -> Message {
+        let mut messages = self.lock();
+        loop {
+            if let Some(action) = messages.actions.pop() {
+                return Message::Do(action);
+            }
+            if let Some(result) = messages.result.take() {
+                return Message::Done(result);
+            }
+            messages = self.arrived.wait(messages).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl State {
+    /// Hand out what came of a call; returns what nobody waits for, which is not put under a lock: its queue may block.
+    #[must_use]
+    fn dispatch(&mut self, step: Step, live: &Arc<Live>) -> Vec<Planned> {
+        let mut housekeeping = Vec::new();
+        for action in step.actions {
+            let mailbox = action.op.and_then(|op| self.mailboxes.get(&op));
+            let planned = Planned { action, live: live.clone() };
+            match mailbox {
+                Some(mailbox) => mailbox.put(planned),
+                None => housekeeping.push(planned),
+            }
+        }
+        for (op, result) in step.finished {
+            if let Some(mailbox) = self.mailboxes.remove(&op) {
+                mailbox.finish(result);
+            }
+        }
+        housekeeping
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Let reads follow `live`. Whoever follows what was before holds its epoch.
+    fn publish(&self, live: Live) {
+        let old = self.live.swap(Arc::new(live));
+        let mut epochs = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
+        epochs.retain(|epoch| epoch.strong_count() > 0);
+        epochs.push(Arc::downgrade(&old.view.index));
+    }
+
+    fn keep_house(self: &Arc<Self>, actions: Vec<Planned>) {
+        for planned in actions {
+            let shared = self.clone();
+            self.housekeeper.run(move || {
+                let result = planned.carry_out(&mut Buffers::default());
+                shared.complete(&planned.action, result);
+            });
+        }
+    }
+
+    fn complete(self: &Arc<Self>, action: &Action, result: Result<Output>) {
+        let housekeeping = {
+            let mut state = self.lock();
+            let step = state.core.complete(action.id, result);
+            state.dispatch(step, &self.live.load())
+        };
+        self.keep_house(housekeeping);
+    }
+
+    /// Run an operation to its end in this thread.
+    fn run(self: &Arc<Self>, op: Op, buffers: &mut Buffers<'_>) -> Result<()> {
+        let mailbox = Arc::new(Mailbox::default());
+        let housekeeping = {
+            let mut state = self.lock();
+            let (id, step) = state.core.submit(op)?;
+            state.mailboxes.insert(id, mailbox.clone());
+            state.dispatch(step, &self.live.load())
+        };
+        self.keep_house(housekeeping);
+        loop {
+            match mailbox.take() {
+                Message::Done(result) => return result,
+                Message::Do(planned) => {
+                    let result = planned.carry_out(buffers);
+                    self.complete(&planned.action, result);
+                }
+            }
+        }
+    }
+}
+
+/// A volume between a barrier and its switch: no change is admitted, everything that was is on disk. Dropping it goes
+/// on with the same head.
+#[derive(Debug)]
+#[must_use = "changes queue until this is dropped"]
+pub struct Barrier<'a> {
+    executor: &'a Executor,
+    ended: bool,
+}
+
+/// Another head for a volume, with its files.
+#[derive(Debug)]
+pub struct NewHead {
+    pub state: HeadState,
+    pub view: View,
+    pub files: Arc<HeadFiles>,
+}
+
+impl Barrier<'_> {
+    /// Go on with another head, whose record is on disk.
+    pub fn install(mut self, head: NewHead) {
+        self.ended = true;
+        let shared = &self.executor.shared;
+        let housekeeping = {
+            let mut state = shared.lock();
+            shared.publish(Live { view: head.view, head: head.files });
+            let step = state.core.install(head.state);
+            state.dispatch(step, &shared.live.load())
+        };
+        shared.keep_house(housekeeping);
+    }
+
+    /// Nobody knows whether the switch happened: take no more writes, until the next opening finds out.
+    pub fn poison(self, error: &Error) {
+        let head = self.executor.head();
+        let reason = format!("a life operation may or may not have happened: {error}");
+        tracing::error!(layer = %head.dir, %reason, "the volume takes no more writes until it is opened again");
+        self.executor.shared.lock().core.poison(reason.into());
+    }
+}
+
+impl Drop for Barrier<'_> {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let shared = &self.executor.shared;
+        let housekeeping = {
+            let mut state = shared.lock();
+            let step = state.core.resume();
+            state.dispatch(step, &shared.live.load())
+        };
+        shared.keep_house(housekeeping);
+    }
+}
+
+impl Executor {
+    pub fn new(head: NewHead, housekeeper: Arc<Housekeeper>) -> Executor {
+        let core = Core::new(head.state, head.files.data.write_align());
+        let state = Mutex::new(State { core, mailboxes: HashMap::new() });
+        let live = ArcSwap::from_pointee(Live { view: head.view, head: head.files });
+        Executor { shared: Arc::new(Shared { state, live, epochs: Mutex::default(), housekeeper }) }
+    }
+
+    /// What reads follow now.
+    pub fn view(&self) -> View {
+        self.shared.live.load().view.clone()
+    }
+
+    /// The head's files.
+    pub fn head(&self) -> Arc<HeadFiles> {
+        self.shared.live.load().head.clone()
+    }
+
+    /// Why the volume takes no more writes, if so.
+    pub fn failed(&self) -> Option<Arc<str>> {
+        self.shared.lock().core.failed().cloned()
+    }
+
+    /// Where the head's log ends. Only steady behind a barrier.
+    pub fn log_end(&self) -> LogEnd {
+        self.shared.lock().core.log_end()
+    }
+
+    /// Stop admitting changes, wait for those under way, commit. The sync that comes first keeps the pause short.
+    pub fn barrier(&self) -> Result<Barrier<'_>> {
+        self.flush()?;
+        self.shared.run(Op::Barrier, &mut Buffers::default())?;
+        Ok(Barrier { executor: self, ended: false })
+    }
+
+    /// Bring blocks up into the head. At most [`COPY_BLOCKS_MAX`](crate::cow::core::COPY_BLOCKS_MAX) blocks.
+    pub fn copy_up(&self, blocks: BlockRange, from: CopySource) -> Result<()> {
+        self.shared.run(Op::CopyUp { blocks, from }, &mut Buffers::default())
+    }
+
+    /// Follow another view of the same head, which reads the same; the old one's epoch ends.
+    pub fn republish(&self, change: impl FnOnce(&View) -> View) {
+        let mut state = self.shared.lock();
+        let live = self.shared.live.load_full();
+        let view = change(&live.view);
+        state.core.republish(&view.index);
+        self.shared.publish(Live { view, head: live.head.clone() });
+    }
+
+    /// Whether nobody follows an index that was replaced, so that what only those name can be given back.
+    pub fn no_old_readers(&self) -> bool {
+        let mut epochs = self.shared.epochs.lock().unwrap_or_else(PoisonError::into_inner);
+        epochs.retain(|epoch| epoch.strong_count() > 0);
+        epochs.is_empty()
+    }
+}
+
+impl BlockDevice for Executor {
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.shared.live.load().view.size(), access: Access::ReadWrite }
+    }
+
+    fn submit(&self, request: Request, complete: Complete) {
+        let (result, buffer) = match request {
+            Request::Read { offset, mut buffer } => (self.read_at(&mut buffer, offset), buffer),
+            Request::Write { offset, data, durability } => (self.write_at(&data, offset, durability), data),
+            Request::Zero { range, durability } => (self.zero(range, durability), Vec::new()),
+            Request::Discard { range } => (self.discard(range), Vec::new()),
+            Request::Flush => (self.flush(), Vec::new()),
+        };
+        complete(Reply { result, buffer });
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.shared.live.load().view.extents(range)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        check_length(buffer.len() as u64)?;
+        self.shared.live.load().view.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> Result<()> {
+        check_length(data.len() as u64)?;
+        self.head_reserve_admits()?;
+        let range = ByteRange::new(offset, data.len() as u64);
+        self.shared.run(Op::Write { range, durability }, &mut Buffers::of_write(offset, data))
+    }
+
+    fn zero(&self, range: ByteRange, durability: Durability) -> Result<()> {
+        self.shared.run(Op::Zero { range, durability }, &mut Buffers::default())
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.zero(range, Durability::Volatile)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.shared.run(Op::Flush, &mut Buffers::default())
+    }
+}
+
+impl Executor {
+    /// Writes are refused while the disk is so full that its reserve was given up; flush and discard are not.
+    fn head_reserve_admits(&self) -> Result<()> {
+        self.shared.live.load().head.reserve.admit()
+    }
+}

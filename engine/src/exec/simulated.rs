@@ -1,0 +1,269 @@
+//! The simulated executor: one thread, no time, every order.
+//!
+//! Owns [`Simulated`], a volume under test: the core with its files, its operations under way and its reads. Whoever
+//! drives it chooses one [`Move`] after another: to carry an action out (its effect happens then), to tell the core of
+//! one that was carried out (its completion arrives then), to do one part of a read. Nothing else ever happens, so a
+//! seed is a history, and all histories of a small workload can be enumerated. Actions are carried out by the code of
+//! the other executors ([`HeadFiles`], [`Buffers`], [`View`]); only their order is ours. Crashes and faults belong to
+//! the storage ([`super::storage::memory`]): a crashed volume is dropped and opened again.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
+
+use super::{head::HeadFiles, request::Buffers, view::View};
+use crate::{
+    cow::{
+        core::{Action, ActionId, Core, HeadState, Op, OpId, Output, Step},
+        plan::{Index, Segment},
+    },
+    error::Result,
+    units::{ByteRange, to_usize},
+};
+
+/// A repeatable sequence of numbers (SplitMix64, <https://prng.di.unimi.it/splitmix64.c>).
+#[derive(Clone, Debug)]
+pub struct Seed(pub u64);
+
+impl Seed {
+    pub fn number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// A number below `end`, which is not 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.number() % end
+    }
+
+    /// An index of a collection of `len` entries, which is not 0.
+    pub fn index(&mut self, len: usize) -> usize {
+        to_usize(self.below(len as u64))
+    }
+
+    /// True once in `n` times.
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// Names an operation or read for its client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tag(pub u64);
+
+/// Something that can happen next. Numbers index what [`Simulated::moves`] counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Move {
+    /// Carry out the planned action with this number.
+    CarryOut(usize),
+    /// Tell the core about the action with this number that was carried out.
+    Deliver(usize),
+    /// Do the next part of the read with this number.
+    ReadPart(usize),
+}
+
+/// What a client is told.
+#[derive(Debug)]
+pub enum Event {
+    Ended { tag: Tag, result: Result<()> },
+    Read { tag: Tag, range: ByteRange, result: Result<Vec<u8>> },
+}
+
+/// When a read learns where its bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Planning {
+    /// All at once when it starts; the parts are read later.
+    AtStart,
+    /// Each part when the one before it has been read.
+    PartByPart,
+}
+
+#[derive(Debug)]
+struct Reading {
+    tag: Tag,
+    range: ByteRange,
+    view: View,
+    planned: VecDeque<Segment>,
+    /// Bytes that have been planned.
+    planned_len: u64,
+    buffer: Vec<u8>,
+}
+
+/// A volume whose every step is chosen.
+#[derive(Debug)]
+pub struct Simulated {
+    core: Core,
+    view: View,
+    head: Arc<HeadFiles>,
+    running: HashMap<OpId, (Tag, Buffers<'static>)>,
+    /// Each with the view that it was planned in: a later one may not know its files any more.
+    planned: Vec<(Action, View)>,
+    carried_out: Vec<(ActionId, Result<Output>)>,
+    reads: Vec<Reading>,
+    events: Vec<Event>,
+    next_tag: u64,
+}
+
+impl Simulated {
+    pub fn new(state: HeadState, view: View, head: Arc<HeadFiles>) -> Simulated {
+        let core = Core::new(state, head.data.write_align());
+        Simulated {
+            core,
+            view,
+            head,
+            running: HashMap::new(),
+            planned: Vec::new(),
+            carried_out: Vec::new(),
+            reads: Vec::new(),
+            events: Vec::new(),
+            next_tag: 0,
+        }
+    }
+
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+
+    pub fn head(&self) -> &Arc<HeadFiles> {
+        &self.head
+    }
+
+    fn tag(&mut self) -> Tag {
+        self.next_tag += 1;
+        Tag(self.next_tag)
+    }
+
+    /// Start an operation; `data` are a write's bytes.
+    pub fn submit(&mut self, op: Op, data: Option<Vec<u8>>) -> Result<Tag> {
+        let (id, step) = self.core.submit(op)?;
+        let tag = self.tag();
+        let buffers = match (op, data) {
+            (Op::Write { range, .. }, Some(data)) => Buffers::of_write(range.start.0, data),
+            _ => Buffers::default(),
+        };
+        self.running.insert(id, (tag, buffers));
+        self.follow(step);
+        Ok(tag)
+    }
+
+    /// Start a read of `range`, which lies within the volume.
+    pub fn read(&mut self, range: ByteRange, planning: Planning) -> Tag {
+        let tag = self.tag();
+        let view = self.view.clone();
+        let planned: VecDeque<Segment> = match planning {
+            Planning::AtStart => view.index.plan(range).into(),
+            Planning::PartByPart => VecDeque::new(),
+        };
+        let planned_len = planned.iter().map(|segment| segment.range.len.0).sum();
+        let buffer = vec![0; range.len.as_usize()];
+        self.reads.push(Reading { tag, range, view, planned, planned_len, buffer });
+        tag
+    }
+
+    /// What can happen next. Empty: everything that was started has ended.
+    pub fn moves(&self) -> Vec<Move> {
+        let carry = (0..self.planned.len()).map(Move::CarryOut);
+        let deliver = (0..self.carried_out.len()).map(Move::Deliver);
+        let read = (0..self.reads.len()).map(Move::ReadPart);
+        carry.chain(deliver).chain(read).collect()
+    }
+
+    /// The actions that [`Move::CarryOut`] counts.
+    pub fn planned(&self) -> impl Iterator<Item = &Action> {
+        self.planned.iter().map(|(action, _)| action)
+    }
+
+    pub fn make(&mut self, step: Move) {
+        match step {
+            Move::CarryOut(n) => {
+                let (action, view) = self.planned.remove(n);
+                let result = self.carry_out(&action, &view);
+                self.carried_out.push((action.id, result));
+            }
+            Move::Deliver(n) => {
+                let (action, result) = self.carried_out.remove(n);
+                let step = self.core.complete(action, result);
+                self.follow(step);
+            }
+            Move::ReadPart(n) => self.read_part(n),
+        }
+    }
+
+    /// What clients are told since the last call.
+    pub fn events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// After a barrier has ended: go on with the same head.
+    pub fn resume(&mut self) {
+        let step = self.core.resume();
+        self.follow(step);
+    }
+
+    /// After a barrier has ended: go on with another head.
+    pub fn install(&mut self, state: HeadState, view: View, head: Arc<HeadFiles>) {
+        self.view = view;
+        self.head = head;
+        let step = self.core.install(state);
+        self.follow(step);
+    }
+
+    /// Follow another view that reads the same. The epoch that ended is returned: while others hold it, reads and
+    /// operations may still follow it.
+    pub fn republish(&mut self, view: View) -> Arc<Index> {
+        let old = self.view.index.clone();
+        self.core.republish(&view.index);
+        self.view = view;
+        old
+    }
+
+    fn follow(&mut self, step: Step) {
+        let view = &self.view;
+        self.planned.extend(step.actions.into_iter().map(|action| (action, view.clone())));
+        for (op, result) in step.finished {
+            if let Some((tag, _)) = self.running.remove(&op) {
+                self.events.push(Event::Ended { tag, result });
+            }
+        }
+    }
+
+    fn carry_out(&mut self, action: &Action, view: &View) -> Result<Output> {
+        let mut housekeeping = Buffers::default();
+        let buffers = match action.op.and_then(|op| self.running.get_mut(&op)) {
+            Some((_, buffers)) => buffers,
+            None => &mut housekeeping,
+        };
+        buffers.carry_out(&action.kind, &self.head, view)
+    }
+
+    fn read_part(&mut self, n: usize) {
+        let reading = &mut self.reads[n];
+        if reading.planned.is_empty() {
+            let start = reading.range.start.0 + reading.planned_len;
+            let rest = ByteRange::new(start, reading.range.end().0 - start);
+            let first = reading.view.index.plan_bounded(rest, 1);
+            reading.planned_len += first.iter().map(|segment| segment.range.len.0).sum::<u64>();
+            reading.planned.extend(first);
+        }
+        let result = match reading.planned.pop_front() {
+            None => Ok(()),
+            Some(segment) => {
+                let at = to_usize(segment.range.start.0 - reading.range.start.0);
+                let place = &mut reading.buffer[at..at + segment.range.len.as_usize()];
+                reading.view.read_segment(segment, place)
+            }
+        };
+        let whole = reading.planned.is_empty() && reading.planned_len == reading.range.len.0;
+        if whole || result.is_err() {
+            let Reading { tag, range, buffer, .. } = self.reads.remove(n);
+            self.events.push(Event::Read { tag, range, result: result.map(|()| buffer) });
+        }
+    }
+}

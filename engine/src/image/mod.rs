@@ -1,0 +1,52 @@
+//! What a base is made of.
+//!
+//! Owns [`BaseImage`], the boundary between image formats and copy-on-write: immutable bytes of a known length, read
+//! from any thread without a lock. [`raw`] is the only format so far; [`Format::of`] tells formats by their magic.
+
+pub mod raw;
+
+use std::{fmt, sync::Arc};
+
+use crate::{
+    device::Extent,
+    error::Result,
+    units::{ByteLen, ByteRange},
+};
+
+/// An opened image: what volumes read where no layer answers.
+#[expect(clippy::len_without_is_empty, reason = "nobody asks whether an image is empty")]
+pub trait BaseImage: Send + Sync + fmt::Debug {
+    /// Virtual size. Past it volumes read zeros.
+    fn len(&self) -> ByteLen;
+
+    /// Fill `buffer` from `offset`; the range lies within [`BaseImage::len`]. Bytes that the file should have and does
+    /// not are an error, never zeros.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Where `range`, within [`BaseImage::len`], holds data. Zeros may be called data.
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>>;
+}
+
+/// How an image's file is to be read. Told by its magic at import and then written in its record: a raw image whose
+/// guest writes another format's magic later stays raw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Raw,
+    Qcow2,
+}
+
+/// Bytes that [`Format::of`] wants to see.
+pub const PROBE_LEN: usize = 512;
+
+impl Format {
+    /// The format of a file that starts with these bytes.
+    pub fn of(start: &[u8]) -> Format {
+        if start.starts_with(b"QFI\xfb") { Format::Qcow2 } else { Format::Raw }
+    }
+}
+
+/// Opens the images that volumes stand on.
+pub trait BaseSource: Send + Sync {
+    /// The image with this uuid, ready and unchanged since it was verified; an error says why not.
+    fn open_base(&self, image: &crate::volume::record::ImageRef) -> Result<Arc<dyn BaseImage>>;
+}

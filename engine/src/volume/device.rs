@@ -1,0 +1,310 @@
+//! One volume: a block device with a record, holders and a state.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::{
+    layer,
+    record::{ImageRef, SnapshotRecord, VolumeRecord},
+};
+use crate::{
+    device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
+    error::{Error, Result},
+    exec::{blocking::Executor, storage::Storage, view::View},
+    units::{ByteLen, ByteRange},
+};
+
+/// A volume of a disk.
+#[derive(Debug)]
+pub struct Volume {
+    pub(super) storage: Arc<dyn Storage>,
+    record: Mutex<VolumeRecord>,
+    pub(super) backend: Backend,
+    usage: Mutex<Use>,
+}
+
+/// Who uses a volume.
+#[derive(Debug, Default)]
+struct Use {
+    holders: BTreeMap<u64, String>,
+    next: u64,
+    /// What is being done that nobody may hold it for.
+    claim: Option<&'static str>,
+}
+
+/// What serves a volume.
+#[derive(Debug)]
+pub(super) enum Backend {
+    Live(Executor),
+    /// The head takes no writes; what is sound is read.
+    ReadOnly {
+        view: View,
+        reason: String,
+    },
+}
+
+/// How a volume is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VolumeState {
+    Ready,
+    /// Reads only, and why; `volume recover` is the way out.
+    ReadOnly {
+        reason: String,
+    },
+    /// Not served at all, and why.
+    Failed {
+        reason: String,
+    },
+}
+
+/// What there is to know of a volume.
+#[derive(Clone, Debug)]
+pub struct VolumeInfo {
+    pub name: String,
+    /// Nil where the record could not be read.
+    pub uuid: Uuid,
+    pub size: ByteLen,
+    /// Bytes that the volume's layers take on the disk, those that it shares too.
+    pub allocated: ByteLen,
+    pub image: Option<ImageRef>,
+    pub snapshots: Vec<SnapshotRecord>,
+    pub state: VolumeState,
+    pub layer_count: usize,
+    /// Who holds it.
+    pub holders: Vec<String>,
+    pub created_at: Timestamp,
+}
+
+/// Someone uses the volume until this is dropped: it is not reverted or deleted meanwhile.
+#[derive(Debug)]
+pub struct Hold {
+    volume: Arc<Volume>,
+    id: u64,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.volume.in_use().holders.remove(&self.id);
+    }
+}
+
+/// Nobody can take hold of the volume until this is dropped.
+#[derive(Debug)]
+pub(super) struct Claim<'a> {
+    volume: &'a Volume,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.volume.in_use().claim = None;
+    }
+}
+
+impl Volume {
+    pub(super) fn new(storage: Arc<dyn Storage>, record: VolumeRecord, backend: Backend) -> Volume {
+        Volume { storage, record: Mutex::new(record), backend, usage: Mutex::default() }
+    }
+
+    fn in_use(&self) -> MutexGuard<'_, Use> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Use the volume; `who` is named when someone else wants it alone. Refused while it is reverted or deleted.
+    pub fn hold(self: &Arc<Self>, who: impl Into<String>) -> Result<Hold> {
+        let mut in_use = self.in_use();
+        if let Some(claim) = in_use.claim {
+            return Err(Error::InUse { kind: "volume", name: self.name(), by: claim.into() });
+        }
+        let id = in_use.next;
+        in_use.next += 1;
+        in_use.holders.insert(id, who.into());
+        Ok(Hold { volume: self.clone(), id })
+    }
+
+    /// Have the volume alone for `what`; an error names the holders, if there are any.
+    pub(super) fn claim(&self, what: &'static str) -> Result<Claim<'_>> {
+        let mut in_use = self.in_use();
+        if in_use.holders.is_empty() && in_use.claim.is_none() {
+            in_use.claim = Some(what);
+            return Ok(Claim { volume: self });
+        }
+        let holders = in_use.holders.values().map(String::as_str).chain(in_use.claim);
+        let by = holders.collect::<Vec<_>>().join(", ");
+        Err(Error::InUse { kind: "volume", name: self.name(), by })
+    }
+
+    pub fn record(&self) -> VolumeRecord {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_record(&self, record: VolumeRecord) {
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
+    }
+
+    pub fn name(&self) -> String {
+        self.record().name
+    }
+
+    pub fn uuid(&self) -> Uuid {
+        self.record().uuid
+    }
+
+    /// The executor, if the volume takes writes.
+    pub(super) fn live(&self) -> Result<&Executor> {
+        match &self.backend {
+            Backend::Live(executor) => match executor.failed() {
+                None => Ok(executor),
+                Some(reason) => Err(Error::Failed { reason }),
+            },
+            Backend::ReadOnly { reason, .. } => Err(Error::Failed { reason: reason.as_str().into() }),
+        }
+    }
+
+    /// What reads follow now.
+    pub(super) fn view(&self) -> View {
+        match &self.backend {
+            Backend::Live(executor) => executor.view(),
+            Backend::ReadOnly { view, .. } => view.clone(),
+        }
+    }
+
+    pub fn state(&self) -> VolumeState {
+        match self.live() {
+            Ok(_) => VolumeState::Ready,
+            Err(Error::Failed { reason }) => VolumeState::ReadOnly { reason: reason.to_string() },
+            Err(error) => VolumeState::ReadOnly { reason: error.to_string() },
+        }
+    }
+
+    pub fn info(&self) -> VolumeInfo {
+        let record = self.record();
+        let allocated = record.layers.iter().map(|layer| self.allocated(layer.uuid)).sum();
+        VolumeInfo {
+            uuid: record.uuid,
+            size: ByteLen(record.size_bytes),
+            allocated: ByteLen(allocated),
+            layer_count: record.layers.len(),
+            state: self.state(),
+            holders: self.in_use().holders.values().cloned().collect(),
+            created_at: record.created_at,
+            name: record.name,
+            image: record.image,
+            // Names with a dot in front are Bedplate's own.
+            snapshots: record.snapshots.into_iter().filter(|s| !s.name.starts_with('.')).collect(),
+        }
+    }
+
+    /// Bytes that a layer takes; a layer that is going away just now takes none.
+    fn allocated(&self, layer: Uuid) -> u64 {
+        let path = crate::exec::head::data_path(&layer::dir(layer));
+        let file = self.storage.open(&path, crate::exec::storage::Open::Read);
+        file.and_then(|file| file.allocated()).unwrap_or(0)
+    }
+}
+
+impl BlockDevice for Volume {
+    fn geometry(&self) -> Geometry {
+        match &self.backend {
+            Backend::Live(executor) => executor.geometry(),
+            Backend::ReadOnly { view, .. } => Geometry { size: view.size(), access: Access::ReadOnly },
+        }
+    }
+
+    fn submit(&self, request: Request, complete: Complete) {
+        match (&self.backend, request) {
+            (Backend::Live(executor), request) => executor.submit(request, complete),
+            (Backend::ReadOnly { view, .. }, Request::Read { offset, mut buffer }) => {
+                let result = view.read_at(&mut buffer, offset);
+                complete(Reply { result, buffer });
+            }
+            (Backend::ReadOnly { .. }, _) => complete(Reply { result: self.refuse(), buffer: Vec::new() }),
+        }
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.view().extents(range)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        match &self.backend {
+            Backend::Live(executor) => executor.read_at(buffer, offset),
+            Backend::ReadOnly { view, .. } => {
+                check_length(buffer.len() as u64)?;
+                view.read_at(buffer, offset)
+            }
+        }
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> Result<()> {
+        match &self.backend {
+            Backend::Live(executor) => executor.write_at(data, offset, durability),
+            Backend::ReadOnly { .. } => self.refuse(),
+        }
+    }
+
+    fn zero(&self, range: ByteRange, durability: Durability) -> Result<()> {
+        match &self.backend {
+            Backend::Live(executor) => executor.zero(range, durability),
+            Backend::ReadOnly { .. } => self.refuse(),
+        }
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.zero(range, Durability::Volatile)
+    }
+
+    fn flush(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Live(executor) => executor.flush(),
+            Backend::ReadOnly { .. } => self.refuse(),
+        }
+    }
+}
+
+impl Volume {
+    fn refuse(&self) -> Result<()> {
+        self.live().map(|_| ())
+    }
+}
+
+/// A snapshot, or a volume at one moment: reads only.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub(super) view: View,
+}
+
+impl BlockDevice for Snapshot {
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.view.size(), access: Access::ReadOnly }
+    }
+
+    fn submit(&self, request: Request, complete: Complete) {
+        let (result, buffer) = match request {
+            Request::Read { offset, mut buffer } => (self.read_at(&mut buffer, offset), buffer),
+            Request::Write { data: buffer, .. } => (Err(self.refusal()), buffer),
+            Request::Zero { .. } | Request::Discard { .. } => (Err(self.refusal()), Vec::new()),
+            Request::Flush => (Ok(()), Vec::new()),
+        };
+        complete(Reply { result, buffer });
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.view.extents(range)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        check_length(buffer.len() as u64)?;
+        self.view.read_at(buffer, offset)
+    }
+}
+
+impl Snapshot {
+    fn refusal(&self) -> Error {
+        Error::ReadOnly { what: "a snapshot".into() }
+    }
+}

@@ -1,0 +1,410 @@
+//! Giving back what no name holds: a layer without a name and with one child becomes one with that child.
+//!
+//! Deleting a snapshot only takes its name away; this does the rest, in bounded batches, whenever it is called: a crash
+//! in between loses nothing, because a block that was brought up reads the same from above. Bytes go the way on which
+//! fewer have to be copied: up into the child, or down from a frozen child ([`super::fold`]).
+//!
+//! Into a *head*, blocks come up through the core, so that they never run over a client's write (block ownership); a
+//! layer that is much larger than the head over it stays where it is, and only what the head hides is given back. Into a
+//! *frozen* layer they are written where its map does not name them, and its map is replaced after they were synced.
+//!
+//! On a full disk the batch that does not fit gives back what came up before it: the map that names it above is synced,
+//! every reader of an older index has ended (or this waits no longer than `EPOCH_WAIT_MAX` and goes without), and then
+//! the lower layer's blocks are punched.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant},
+};
+
+use uuid::Uuid;
+
+use super::{
+    device::{Backend, Volume},
+    disk::Disk,
+    layer::{self, Layer},
+    record::VolumeRecord,
+};
+use crate::{
+    cow::{
+        BlockState,
+        core::{COPY_BLOCKS_MAX, CopySource},
+        frozen::Slot,
+        head::HeadIndex,
+        map::checkpoint::LogLen,
+        plan::Index,
+    },
+    device::BlockDevice,
+    error::{Error, Result},
+    exec::{blocking::Executor, buffer::AlignedBuffer, storage::StorageFile, view::View},
+    units::{Block, BlockCount, BlockRange},
+};
+
+/// Blocks that are brought up between two looks at what else wants to happen: 16 MiB.
+pub(super) const BATCH_BLOCKS: u64 = 4096;
+/// A layer of no more than this comes up into a head of any size: 16 MiB.
+const SMALL_BLOCKS: u64 = 4096;
+/// How long a full disk waits for readers of older indexes.
+const EPOCH_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// A layer that can go, and what it goes into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Candidate {
+    pub layer: Uuid,
+    pub child: Uuid,
+}
+
+/// How far a merge got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// One layer less, or something else came in between: look again.
+    Done,
+    /// Nothing worth copying for now.
+    Left,
+    /// Asked to stop.
+    Stopped,
+}
+
+impl Disk {
+    /// Merge every layer that no name holds and that has one child. `go_on` is asked between batches; what is left is
+    /// done by the next call. Blocks that moved are given back when this returns.
+    pub fn reclaim(&self, mut go_on: impl FnMut() -> bool) -> Result<()> {
+        let _one = self.maintenance.lock().unwrap_or_else(PoisonError::into_inner);
+        // Layers that cannot be merged for now; the others still can.
+        let mut left = HashSet::new();
+        let mut result = Ok(());
+        while let Some(candidate) = self.candidate(&left) {
+            match self.merge(candidate, &mut go_on) {
+                Ok(Progress::Done) => {}
+                Ok(Progress::Stopped) => return result,
+                Ok(Progress::Left) => {
+                    left.insert(candidate.layer);
+                }
+                Err(error) => {
+                    tracing::warn!(layer = %candidate.layer, %error, "not merged");
+                    left.insert(candidate.layer);
+                    result = Err(error);
+                }
+            }
+        }
+        result
+    }
+
+    /// Whether [`Disk::reclaim`] has anything to do.
+    pub fn has_unnamed_layers(&self) -> bool {
+        self.candidate(&HashSet::new()).is_some()
+    }
+
+    fn candidate(&self, left: &HashSet<Uuid>) -> Option<Candidate> {
+        let tree = self.tree();
+        if !tree.is_whole() {
+            return None;
+        }
+        let records = tree.records();
+        let named: HashSet<Uuid> = records
+            .iter()
+            .flat_map(|record| record.snapshots.iter().map(|snapshot| snapshot.layer).chain([record.head]))
+            .collect();
+        let mut children: HashMap<Uuid, HashSet<Uuid>> = HashMap::new();
+        for layer in records.iter().flat_map(|record| &record.layers) {
+            if let Some(parent) = layer.parent {
+                children.entry(parent).or_default().insert(layer.uuid);
+            }
+        }
+        let mut candidates = children.into_iter().filter_map(|(layer, children)| {
+            let one = children.len() == 1 && !named.contains(&layer) && !left.contains(&layer);
+            one.then(|| children.into_iter().next().map(|child| Candidate { layer, child })).flatten()
+        });
+        candidates.next()
+    }
+
+    fn merge(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
+        let head_of =
+            self.tree().volumes.values().find(|volume| volume.record().head == candidate.child).cloned();
+        match head_of {
+            Some(volume) => self.merge_into_head(&volume, candidate, go_on),
+            None => self.merge_into_frozen(candidate, go_on),
+        }
+    }
+
+    fn merge_into_head(
+        &self,
+        volume: &Volume,
+        candidate: Candidate,
+        go_on: &mut impl FnMut() -> bool,
+    ) -> Result<Progress> {
+        let Some(slot) = self.tree().known_slot(candidate.layer) else {
+            return Err(Error::Invalid(format!("internal: layer {} is not open", candidate.layer)));
+        };
+        if !is_worth_it(&volume.live()?.view().index, slot) {
+            let _life = self.life();
+            if volume.record().head == candidate.child {
+                self.give_back_below_head(volume.live()?, slot)?;
+            }
+            return Ok(Progress::Left);
+        }
+        let mut at = Block(0);
+        loop {
+            if !go_on() {
+                return Ok(Progress::Stopped);
+            }
+            let _life = self.life();
+            if volume.record().head != candidate.child {
+                // A snapshot or a revert came in between.
+                return Ok(Progress::Done);
+            }
+            let executor = volume.live()?;
+            let end = executor.view().index.head.block_count();
+            if at.0 >= end.0 {
+                self.finish_merge(candidate)?;
+                return Ok(Progress::Done);
+            }
+            let batch = BlockRange { start: at, count: BlockCount(BATCH_BLOCKS.min(end.0 - at.0)) };
+            for blocks in wanted(&executor.view().index, slot, batch) {
+                self.copy_up(executor, blocks, CopySource::Layer(slot), Some(slot))?;
+            }
+            at = batch.end();
+        }
+    }
+
+    /// Bring blocks up into a head. On a full disk, what came up from `reclaimed` before is given back once.
+    pub(super) fn copy_up(
+        &self,
+        executor: &Executor,
+        blocks: BlockRange,
+        from: CopySource,
+        reclaimed: Option<Slot>,
+    ) -> Result<()> {
+        let mut start = blocks.start;
+        while start < blocks.end() {
+            let count = blocks.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
+            let piece = BlockRange { start, count };
+            match (executor.copy_up(piece, from), reclaimed) {
+                (Err(Error::NoSpace { .. }), Some(slot)) => {
+                    self.give_back_below_head(executor, slot)?;
+                    executor.copy_up(piece, from)?;
+                }
+                (other, _) => other?,
+            }
+            start = piece.end();
+        }
+        Ok(())
+    }
+
+    /// Punch the blocks of a frozen layer that its child, a head, hides durably.
+    fn give_back_below_head(&self, executor: &Executor, slot: Slot) -> Result<()> {
+        executor.flush()?;
+        let new_epoch = |view: &View| View { index: Arc::new(Index::clone(&view.index)), ..view.clone() };
+        executor.republish(new_epoch);
+        let view = executor.view();
+        let Some(file) = view.layers.get(slot) else { return Ok(()) };
+        if !self.wait_for_readers(&[executor]) {
+            return Ok(());
+        }
+        let all = BlockRange { start: Block(0), count: view.index.head.block_count() };
+        // Flushed above, and a head's block never becomes absent again: what is hidden now is hidden after a crash.
+        let hidden = view.index.head.runs(all).filter(|(_, state)| *state != BlockState::Absent);
+        for (run, value) in hidden.flat_map(|(run, _)| view.index.frozen.runs(run)) {
+            if value.slot() == Some(slot) {
+                punch(&**file, run);
+            }
+        }
+        Ok(())
+    }
+
+    fn merge_into_frozen(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
+        let (lower, mut upper) = {
+            let _life = self.life();
+            (layer::open(&*self.storage, candidate.layer)?, layer::open(&*self.storage, candidate.child)?)
+        };
+        if let Some(fault) = lower.fault.as_ref().or(upper.fault.as_ref()) {
+            return Err(Error::Failed { reason: fault.as_str().into() });
+        }
+        if data_blocks(&upper.index) < visible_blocks(&lower, &upper) {
+            return self.fold(lower, &upper, go_on);
+        }
+        let end = lower.index.block_count().0.min(upper.index.block_count().0);
+        let mut at = 0;
+        while at < end {
+            if !go_on() {
+                self.replace_map(&mut upper)?;
+                return Ok(Progress::Stopped);
+            }
+            let batch = BlockRange::new(at, BATCH_BLOCKS.min(end - at));
+            match merge_batch(&lower, &upper, batch) {
+                Err(Error::NoSpace { .. }) => {
+                    self.give_back_below_frozen(&lower, &mut upper)?;
+                    merge_batch(&lower, &upper, batch)?;
+                }
+                other => other?,
+            }
+            at = batch.end().0;
+        }
+        let _life = self.life();
+        self.replace_map(&mut upper)?;
+        self.finish_merge(candidate)?;
+        Ok(Progress::Done)
+    }
+
+    /// Make what came up into a frozen layer durable, data first.
+    pub(super) fn replace_map(&self, upper: &mut Layer) -> Result<()> {
+        upper.data.sync()?;
+        upper.log = layer::rewrite_map(&*self.storage, upper.uuid, &upper.log, &upper.index, LogLen::Sealed)?;
+        Ok(())
+    }
+
+    /// Let every volume read from `upper` what came up into it, then punch it below.
+    fn give_back_below_frozen(&self, lower: &Layer, upper: &mut Layer) -> Result<()> {
+        let _life = self.life();
+        self.replace_map(upper)?;
+        self.rebuild_over(upper.uuid)?;
+        let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
+        let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.live().ok()).collect();
+        if self.wait_for_readers(&executors) {
+            let all = BlockRange { start: Block(0), count: upper.index.block_count() };
+            for (run, _) in upper.index.runs(all).filter(|(_, state)| *state != BlockState::Absent) {
+                punch(&*lower.data, run);
+            }
+        }
+        Ok(())
+    }
+
+    /// The merged layer leaves every record, then every index, then the disk.
+    fn finish_merge(&self, candidate: Candidate) -> Result<()> {
+        let over: Vec<Arc<Volume>> = self.volumes_over(candidate.layer);
+        for volume in &over {
+            if let Backend::Live(executor) = &volume.backend {
+                executor.flush()?;
+            }
+        }
+        for volume in &over {
+            let mut record = volume.record();
+            record.splice(candidate.layer);
+            self.switch_record(volume, record)?;
+        }
+        self.tree().forget_indexes(candidate.layer);
+        self.tree().forget_indexes(candidate.child);
+        for volume in &over {
+            self.refresh(volume)?;
+        }
+        self.collect();
+        Ok(())
+    }
+
+    pub(super) fn volumes_over(&self, layer: Uuid) -> Vec<Arc<Volume>> {
+        let lists = |record: &VolumeRecord| record.layers.iter().any(|known| known.uuid == layer);
+        self.tree().volumes.values().filter(|volume| lists(&volume.record())).cloned().collect()
+    }
+
+    /// Build the indexes over a frozen layer anew, whose content moved.
+    pub(super) fn rebuild_over(&self, layer: Uuid) -> Result<()> {
+        self.tree().forget_indexes(layer);
+        for volume in self.volumes_over(layer) {
+            self.refresh(&volume)?;
+        }
+        Ok(())
+    }
+
+    /// Let a volume follow its layers and its image as its record and their maps say now.
+    pub(super) fn refresh(&self, volume: &Volume) -> Result<()> {
+        let Backend::Live(executor) = &volume.backend else { return Ok(()) };
+        let record = volume.record();
+        let frozen = self.tree().frozen(&*self.storage, &record, record.parent(record.head))?;
+        executor.republish(|view| {
+            let base = view.base.clone().filter(|_| record.image.is_some());
+            let base_len = base.as_ref().map_or(crate::units::ByteLen(0), |base| base.len());
+            let index = Index { frozen: frozen.index, base_len, ..Index::clone(&view.index) };
+            // Changes under way may have been planned with the old index, so its files stay open with these.
+            let layers = frozen.files.with(&view.layers);
+            View { index: Arc::new(index), layers, base, head: view.head.clone() }
+        });
+        Ok(())
+    }
+
+    /// Whether nobody follows an older index of these volumes, or a snapshot.
+    pub(super) fn no_readers(&self, executors: &[&Executor]) -> bool {
+        executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views()
+    }
+
+    /// Wait until [`Disk::no_readers`]; `false`: there still are some.
+    fn wait_for_readers(&self, executors: &[&Executor]) -> bool {
+        let deadline = Instant::now() + EPOCH_WAIT_MAX;
+        loop {
+            if self.no_readers(executors) {
+                return true;
+            }
+            if Instant::now() > deadline {
+                tracing::warn!("the disk is full, and a reader still follows what could be given back");
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Whether bringing this layer up into the head costs less than leaving it.
+fn is_worth_it(index: &Index, slot: Slot) -> bool {
+    let all = BlockRange { start: Block(0), count: index.head.block_count() };
+    let up: u64 = wanted(index, slot, all).iter().map(|run| run.count.0).sum();
+    up <= SMALL_BLOCKS.max(data_blocks(&index.head))
+}
+
+fn data_blocks(index: &HeadIndex) -> u64 {
+    let all = BlockRange { start: Block(0), count: index.block_count() };
+    index.runs(all).filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+}
+
+/// Data blocks of `lower` that `upper` does not hide.
+fn visible_blocks(lower: &Layer, upper: &Layer) -> u64 {
+    let all = BlockRange { start: Block(0), count: lower.index.block_count() };
+    let absent = upper.index.runs(all).filter(|(_, state)| *state == BlockState::Absent);
+    let below = absent.flat_map(|(run, _)| lower.index.runs(run));
+    below.filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+}
+
+/// Runs of `batch` that the head does not know and `slot` answers for.
+fn wanted(index: &Index, slot: Slot, batch: BlockRange) -> Vec<BlockRange> {
+    let absent = index.head.runs(batch).filter(|(_, state)| *state == BlockState::Absent);
+    absent
+        .flat_map(|(run, _)| index.frozen.runs(run))
+        .filter(|(_, value)| value.slot() == Some(slot))
+        .map(|(run, _)| run)
+        .collect()
+}
+
+/// Copy what `upper` does not know from `lower`, and mark it in memory.
+fn merge_batch(lower: &Layer, upper: &Layer, batch: BlockRange) -> Result<()> {
+    let absent: Vec<BlockRange> = upper
+        .index
+        .runs(batch)
+        .filter(|(_, state)| *state == BlockState::Absent)
+        .map(|(run, _)| run)
+        .collect();
+    for (run, state) in absent.into_iter().flat_map(|run| lower.index.runs(run)) {
+        if state == BlockState::Data {
+            copy_blocks(&*lower.data, &*upper.data, run)?;
+        }
+        upper.index.set(run, state);
+    }
+    Ok(())
+}
+
+pub(super) fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: BlockRange) -> Result<()> {
+    let mut start = run.start;
+    while start < run.end() {
+        let count = run.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
+        let mut buffer = AlignedBuffer::new(count.len().as_usize());
+        from.read_at(&mut buffer, start.offset().0)?;
+        to.write_at(&buffer, start.offset().0)?;
+        start = start.plus(count);
+    }
+    Ok(())
+}
+
+/// Give space back; what cannot be given back is given back with the file.
+pub(super) fn punch(file: &dyn StorageFile, run: BlockRange) {
+    if let Err(error) = file.punch(run.bytes()) {
+        tracing::debug!(%error, "not punched");
+    }
+}

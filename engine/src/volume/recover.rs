@@ -1,0 +1,156 @@
+//! The way out of damage: what can still be said of a volume's layers is made their map again.
+//!
+//! A layer whose medium failed is read anew: its map says what was committed. Blocks that a damaged map does not tell
+//! are taken from where the file system keeps bytes (layers are identity-mapped): allocated is *data*, the rest is
+//! *absent*. That is the best guess there is, so every such range is reported, and nothing is recovered unasked.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::{device::VolumeInfo, disk::Disk, layer, record::VolumeRecord, tree::Broken};
+use crate::{
+    cow::{
+        BlockState,
+        head::HeadIndex,
+        map::{
+            checkpoint::{self, HEADER_LEN, Header, LogLen},
+            log::LogEnd,
+        },
+    },
+    error::{Error, Result},
+    exec::{
+        head::{data_path, failed_path, publish_map, write_map},
+        storage::{Open, Storage},
+    },
+    units::{BlockCount, BlockRange, ByteLen, ByteRange},
+};
+
+/// What a recovery found and did.
+#[derive(Clone, Debug)]
+pub struct Recovered {
+    pub volume: VolumeInfo,
+    pub layers: Vec<RecoveredLayer>,
+}
+
+/// A layer that was not whole.
+#[derive(Clone, Debug)]
+pub struct RecoveredLayer {
+    pub layer: Uuid,
+    /// What was wrong with it.
+    pub reason: String,
+    /// Ranges whose content is a guess now.
+    pub guessed: Vec<ByteRange>,
+}
+
+impl Disk {
+    /// Make a volume writable again after a fault, and say what may have been lost. Refused while anything holds it.
+    pub fn recover(&self, volume: &str) -> Result<Recovered> {
+        let _life = self.life();
+        let open = self.tree().volumes.get(volume).cloned();
+        let claim = open.as_ref().map(|volume| volume.claim("it is being recovered")).transpose()?;
+        let record = match &open {
+            Some(volume) => volume.record(),
+            None => self.broken_record(volume)?,
+        };
+        // A head that takes writes is whole, and its files are being written to.
+        let whole = open.as_ref().is_some_and(|volume| volume.live().is_ok()).then_some(record.head);
+        let mut layers = Vec::new();
+        for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
+            let log_len = if layer.uuid == record.head { LogLen::LIVE } else { LogLen::Sealed };
+            layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
+            self.tree().forget_indexes(layer.uuid);
+        }
+        if let Some(reason) = open.as_ref().and_then(|volume| volume.live().err())
+            && layers.is_empty()
+        {
+            layers.push(RecoveredLayer {
+                layer: record.head,
+                reason: reason.to_string(),
+                guessed: Vec::new(),
+            });
+        }
+        drop(claim);
+        let info = match open.filter(|_| whole.is_some()) {
+            Some(volume) => volume.info(),
+            None => self.serve_anew(record)?,
+        };
+        for layer in &layers {
+            self.rebuild_over(layer.layer)?;
+        }
+        Ok(Recovered { volume: info, layers })
+    }
+}
+
+impl Disk {
+    /// Open a volume again whose layers are whole now.
+    fn serve_anew(&self, record: VolumeRecord) -> Result<VolumeInfo> {
+        self.tree().volumes.remove(&record.name);
+        let opened = self.open_volume(record.clone());
+        let mut tree = self.tree();
+        tree.broken.retain(|broken| broken.name != record.name);
+        match opened {
+            Ok(volume) => {
+                let volume = Arc::new(volume);
+                tree.volumes.insert(record.name, volume.clone());
+                drop(tree);
+                Ok(volume.info())
+            }
+            Err(error) => {
+                let (name, reason) = (record.name.clone(), error.to_string());
+                tree.broken.push(Broken { name, reason, record: Some(record) });
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Make a layer whole again; `None` if it is.
+fn recover_layer(
+    storage: &dyn Storage,
+    uuid: Uuid,
+    size: ByteLen,
+    log_len: LogLen,
+) -> Result<Option<RecoveredLayer>> {
+    let dir = layer::dir(uuid);
+    let (index, end, lost, reason, data) = match layer::open(storage, uuid) {
+        Ok(layer) => match layer.fault {
+            None => return Ok(None),
+            Some(reason) => (layer.index, Some(layer.log), layer.lost, reason, layer.data),
+        },
+        Err(error @ (Error::Corrupt { .. } | Error::Unsupported { .. })) => {
+            // Nothing of the map is left: everything is a guess.
+            let data = storage.open(&data_path(&dir), Open::Direct)?;
+            let blocks = BlockCount(size.blocks_ceil().0.max(ByteLen(data.len()?).blocks_ceil().0));
+            let lost = vec![BlockRange { start: crate::units::Block(0), count: blocks }];
+            (HeadIndex::new(blocks), None, lost, error.to_string(), data)
+        }
+        Err(error) => return Err(error),
+    };
+    let end = end.unwrap_or_else(|| {
+        let (bytes, _) = checkpoint::encode(uuid, 1, 0, &index, log_len);
+        let first: &[u8; HEADER_LEN] = bytes.first_chunk().expect("a checkpoint starts with a header");
+        let header = Header::parse(first, u64::MAX).expect("what was encoded parses");
+        LogEnd::start(&header)
+    });
+    for range in &lost {
+        for data in data.data_ranges(range.bytes())? {
+            let blocks = data.blocks_touched();
+            let count = BlockCount(blocks.end().0.min(index.block_count().0) - blocks.start.0);
+            index.set(BlockRange { count, ..blocks }, BlockState::Data);
+        }
+    }
+    data.sync()?;
+    let (bytes, header) = checkpoint::encode(uuid, end.generation + 1, end.sequence, &index, log_len);
+    write_map(storage, &dir, &bytes, header.log_len)?;
+    publish_map(storage, &dir)?;
+    match storage.remove_file(&failed_path(&dir)) {
+        Err(error) if !error.is_not_found() => return Err(error),
+        Ok(()) | Err(_) => storage.sync_dir(&dir)?,
+    }
+    Ok(Some(RecoveredLayer {
+        layer: uuid,
+        reason,
+        guessed: lost.iter().map(|range| range.bytes()).collect(),
+    }))
+}

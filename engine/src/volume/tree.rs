@@ -1,0 +1,170 @@
+//! What a disk has open: its volumes, the frozen layers below them, and the indexes over those.
+//!
+//! A frozen index is built once per top layer and shared by every volume on it. Slots are given once and never again
+//! while the disk is open, so that an old index never finds another layer's file in its place.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Weak},
+};
+
+use uuid::Uuid;
+
+use super::{
+    device::Volume,
+    layer::{self, Layer},
+    record::VolumeRecord,
+};
+use crate::{
+    cow::{
+        frozen::{FrozenIndex, Slot},
+        head::HeadIndex,
+        plan::Index,
+    },
+    error::Result,
+    exec::{
+        storage::{Storage, StorageFile},
+        view::LayerFiles,
+    },
+};
+
+/// A stack of frozen layers.
+#[derive(Clone, Debug)]
+pub(super) struct Frozen {
+    pub index: FrozenIndex,
+    pub files: LayerFiles,
+    /// Why some blocks are lost, if any are.
+    pub fault: Option<String>,
+}
+
+/// A volume that could not be opened.
+#[derive(Clone, Debug)]
+pub(super) struct Broken {
+    pub name: String,
+    pub reason: String,
+    /// Its record, where that could be read.
+    pub record: Option<VolumeRecord>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Tree {
+    pub volumes: BTreeMap<String, Arc<Volume>>,
+    pub broken: Vec<Broken>,
+    /// Layers that are being made and that no record lists yet.
+    pub pending: HashSet<Uuid>,
+    /// Layers that no record lists and whose files are still there.
+    pub unused: HashSet<Uuid>,
+    slots: HashMap<Uuid, (Slot, Arc<dyn StorageFile>)>,
+    next_slot: u32,
+    frozen: HashMap<Uuid, Frozen>,
+    /// Indexes that readers of snapshots follow.
+    views: Vec<Weak<Index>>,
+}
+
+impl Tree {
+    /// The records of all volumes, those that could not be opened too.
+    pub fn records(&self) -> Vec<VolumeRecord> {
+        let open = self.volumes.values().map(|volume| volume.record());
+        open.chain(self.broken.iter().filter_map(|broken| broken.record.clone())).collect()
+    }
+
+    /// Whether every record on the disk could be read: nothing is collected otherwise.
+    pub fn is_whole(&self) -> bool {
+        self.broken.iter().all(|broken| broken.record.is_some())
+    }
+
+    /// The slot of a frozen layer.
+    pub fn slot(&mut self, layer: Uuid, data: &Arc<dyn StorageFile>) -> Slot {
+        let next = Slot(self.next_slot);
+        let (slot, _) = self.slots.entry(layer).or_insert_with(|| {
+            self.next_slot += 1;
+            (next, data.clone())
+        });
+        *slot
+    }
+
+    /// The slot of a frozen layer that is open.
+    pub fn known_slot(&self, layer: Uuid) -> Option<Slot> {
+        self.slots.get(&layer).map(|(slot, _)| *slot)
+    }
+
+    /// The index over `top` and everything below it; over nothing for `None`.
+    pub fn frozen(
+        &mut self,
+        storage: &dyn Storage,
+        record: &VolumeRecord,
+        top: Option<Uuid>,
+    ) -> Result<Frozen> {
+        let Some(top) = top else {
+            return Ok(Frozen { index: FrozenIndex::empty(), files: LayerFiles::default(), fault: None });
+        };
+        if let Some(known) = self.frozen.get(&top) {
+            return Ok(known.clone());
+        }
+        let mut built = Frozen { index: FrozenIndex::empty(), files: LayerFiles::default(), fault: None };
+        let mut files = Vec::new();
+        for uuid in record.chain(top).into_iter().rev() {
+            let Layer { data, index, lost, fault, .. } = layer::open(storage, uuid)?;
+            let slot = self.slot(uuid, &data);
+            built.index = built.index.overlaid(&index, slot, &lost);
+            // A mark of a failed medium says nothing of a layer that was whole when it was frozen.
+            built.fault = built.fault.or(fault.filter(|_| !lost.is_empty()));
+            files.push((slot, data));
+        }
+        built.files = LayerFiles::new(files);
+        self.frozen.insert(top, built.clone());
+        Ok(built)
+    }
+
+    /// The index after a head is frozen on top of `below`. The head must not change any more.
+    pub fn freeze(
+        &mut self,
+        below: &Frozen,
+        head: Uuid,
+        index: &HeadIndex,
+        data: &Arc<dyn StorageFile>,
+    ) -> Frozen {
+        let slot = self.slot(head, data);
+        let frozen = Frozen {
+            index: below.index.overlaid(index, slot, &[]),
+            files: below.files.with(&LayerFiles::new(vec![(slot, data.clone())])),
+            fault: below.fault.clone(),
+        };
+        self.frozen.insert(head, frozen.clone());
+        frozen
+    }
+
+    /// Forget the indexes that know `layer`, because its content moved; those who follow them go on.
+    pub fn forget_indexes(&mut self, layer: Uuid) {
+        if let Some(slot) = self.known_slot(layer) {
+            self.frozen.retain(|_, frozen| frozen.files.get(slot).is_none());
+        }
+    }
+
+    /// Forget what no volume stands on any more.
+    pub fn forget_unused(&mut self) {
+        let records = self.records();
+        let used: HashSet<Uuid> =
+            records.iter().flat_map(|record| record.layers.iter().map(|layer| layer.uuid)).collect();
+        let tops: HashSet<Uuid> = records
+            .iter()
+            .flat_map(|record| {
+                let snapshots = record.snapshots.iter().map(|snapshot| snapshot.layer);
+                snapshots.chain(record.parent(record.head))
+            })
+            .collect();
+        self.slots.retain(|layer, _| used.contains(layer) || self.pending.contains(layer));
+        self.frozen.retain(|top, _| tops.contains(top));
+    }
+
+    pub fn add_view(&mut self, index: &Arc<Index>) {
+        self.views.retain(|view| view.strong_count() > 0);
+        self.views.push(Arc::downgrade(index));
+    }
+
+    /// Whether no reader of a snapshot is left.
+    pub fn no_views(&mut self) -> bool {
+        self.views.retain(|view| view.strong_count() > 0);
+        self.views.is_empty()
+    }
+}

@@ -1,0 +1,281 @@
+//! A map file that decays: every byte flipped, every length cut, every subset of a torn tail.
+//!
+//! Damage is *refused or the same content*: decoding fails, or every block that is not called lost is what it was.
+
+use bedplate_engine::{
+    cow::{
+        BlockState, LEAF_BLOCKS,
+        changes::Changes,
+        head::HeadIndex,
+        map::{
+            checkpoint::{self, LogLen},
+            log::{self, LOG_SECTOR_LEN, LogEnd, Replayed},
+        },
+    },
+    error::Corruption,
+    exec::simulated::Seed,
+    units::{BlockCount, BlockRange},
+};
+use uuid::Uuid;
+
+use crate::disk::decode_map;
+
+const BLOCKS: u64 = LEAF_BLOCKS * 4 + 1000;
+const LOG_LEN: u64 = 4096;
+
+/// A map file with what it says.
+struct Map {
+    bytes: Vec<u8>,
+    index: HeadIndex,
+    end: LogEnd,
+    log_at: usize,
+}
+
+impl Map {
+    /// A checkpoint with leaves of every kind and an empty log.
+    fn new() -> Map {
+        let index = HeadIndex::new(BlockCount(BLOCKS));
+        let set = |start, count, state| index.set(BlockRange::new(start, count), state);
+        set(10, 3, BlockState::Data);
+        set(12, 5, BlockState::Zero);
+        set(LEAF_BLOCKS, LEAF_BLOCKS, BlockState::Data);
+        set(2 * LEAF_BLOCKS, LEAF_BLOCKS, BlockState::Zero);
+        set(2 * LEAF_BLOCKS + 7, 1, BlockState::Data);
+        set(BLOCKS - 9, 9, BlockState::Data);
+        let log_len = LogLen::Live { least: LOG_LEN };
+        let (bytes, header) = checkpoint::encode(Uuid::from_u128(9), 3, 40, &index, log_len);
+        let log_at = bytes.len();
+        let mut map = Map { bytes, index, end: LogEnd::start(&header), log_at };
+        map.bytes.resize(log_at + usize::try_from(header.log_len).expect("small"), 0);
+        map
+    }
+
+    /// Append the record of a commit.
+    fn commit(&mut self, runs: &[(u64, u64, BlockState)]) {
+        let mut changes = Changes::default();
+        for (start, count, state) in runs {
+            let run = BlockRange::new(*start, *count);
+            changes.set(run, *state);
+            self.index.set(run, *state);
+        }
+        let (record, end) = log::encode(&self.end, &changes);
+        let at = self.log_at + usize::try_from(self.end.offset()).expect("small");
+        self.bytes[at..at + record.len()].copy_from_slice(&record);
+        self.end = end;
+    }
+
+    /// Runs of single blocks, enough for `sectors` sectors.
+    fn scattered(first: u64, sectors: u64) -> Vec<(u64, u64, BlockState)> {
+        let state = |n| if n % 3 == 0 { BlockState::Zero } else { BlockState::Data };
+        (0..sectors * 39 - 20).map(|n| (first + n * 2, 1, state(n))).collect()
+    }
+
+    /// A map whose log has records of one and of several sectors.
+    fn with_records() -> Map {
+        let mut map = Map::new();
+        map.commit(&[(10, 2, BlockState::Zero), (500, 8, BlockState::Data)]);
+        map.commit(&Map::scattered(1000, 3));
+        map.commit(&[(502, 2, BlockState::Zero), (LEAF_BLOCKS + 5, 9, BlockState::Zero)]);
+        map.commit(&[(3 * LEAF_BLOCKS - 4, 40, BlockState::Data)]);
+        map
+    }
+}
+
+/// What a damaged map says must be what the whole one says, or lost.
+fn check(expected: &HeadIndex, found: Result<(HeadIndex, Replayed), Corruption>, what: &str) -> Verdict {
+    let Ok((index, replayed)) = found else { return Verdict::Refused };
+    let mut at = 0;
+    while at < BLOCKS {
+        let rest = BlockRange::new(at, BLOCKS - at);
+        let ((found, count), (right, other)) = (index.run_at(rest), expected.run_at(rest));
+        let run = BlockRange::new(at, count.0.min(other.0));
+        if found != right {
+            // Every block of the run has to be lost.
+            let mut at = run.start.0;
+            while at < run.end().0 {
+                let lost =
+                    replayed.lost.iter().find(|range| range.contains(bedplate_engine::units::Block(at)));
+                let Some(lost) = lost else {
+                    panic!("{what}: block {at} is {found:?} instead of {right:?} and not lost");
+                };
+                at = lost.end().0;
+            }
+        }
+        at = run.end().0;
+    }
+    if replayed.lost.is_empty() && replayed.damage.is_none() { Verdict::Same } else { Verdict::Lost }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Refused,
+    Lost,
+    Same,
+}
+
+fn decode(bytes: &[u8]) -> Result<(HeadIndex, Replayed), Corruption> {
+    decode_map(bytes).map(|(_, index, replayed)| (index, replayed))
+}
+
+#[test]
+fn a_whole_map_says_what_it_was_told() {
+    let map = Map::with_records();
+    assert_eq!(check(&map.index, decode(&map.bytes), "whole"), Verdict::Same);
+}
+
+#[test]
+fn a_flipped_byte_anywhere_is_refused_or_lost_or_changes_nothing() {
+    let map = Map::with_records();
+    let mut verdicts = [0; 3];
+    for at in 0..map.bytes.len() {
+        for pattern in [0x01, 0x80, 0xff, map.bytes[at]] {
+            if pattern == 0 {
+                continue;
+            }
+            let mut bytes = map.bytes.clone();
+            bytes[at] ^= pattern;
+            match check(&map.index, decode(&bytes), &format!("byte {at} with {pattern:#x}")) {
+                Verdict::Refused => verdicts[0] += 1,
+                Verdict::Lost => verdicts[1] += 1,
+                Verdict::Same => verdicts[2] += 1,
+            }
+        }
+    }
+    println!("{} refused, {} lost, {} the same", verdicts[0], verdicts[1], verdicts[2]);
+    assert!(verdicts.iter().all(|count| *count > 0));
+}
+
+#[test]
+fn two_damaged_sectors_of_the_log_are_never_taken_for_a_torn_tail() {
+    let map = Map::with_records();
+    let used = usize::try_from(map.end.used).expect("small");
+    for first in 0..used {
+        for second in first..used {
+            let mut bytes = map.bytes.clone();
+            for sector in [first, second] {
+                bytes[map.log_at + sector * LOG_SECTOR_LEN + 100] ^= 0x55;
+            }
+            let verdict = check(&map.index, decode(&bytes), &format!("sectors {first} and {second}"));
+            // The same sector twice is whole again.
+            assert_eq!(verdict, if first == second { Verdict::Same } else { Verdict::Lost });
+        }
+    }
+}
+
+#[test]
+fn a_map_cut_at_any_length_is_refused() {
+    let map = Map::with_records();
+    for len in 0..map.bytes.len() {
+        let verdict = check(&map.index, decode(&map.bytes[..len]), &format!("{len} bytes"));
+        assert_eq!(verdict, Verdict::Refused, "{len} bytes");
+    }
+}
+
+#[test]
+fn a_torn_last_record_is_dropped_whole_and_everything_before_it_is_kept() {
+    for sectors in 1..=5 {
+        let mut map = Map::with_records();
+        let before = decode(&map.bytes).expect("whole").0;
+        let start = map.log_at + usize::try_from(map.end.offset()).expect("small");
+        map.commit(&Map::scattered(5000, sectors));
+        let count = usize::try_from(sectors).expect("small");
+        for kept in 0..1u32 << count {
+            let mut bytes = map.bytes.clone();
+            for sector in (0..count).filter(|sector| kept >> sector & 1 == 0) {
+                let at = start + sector * LOG_SECTOR_LEN;
+                bytes[at..at + LOG_SECTOR_LEN].fill(0);
+            }
+            let whole = kept == (1 << count) - 1;
+            let expected = if whole { &map.index } else { &before };
+            let what = format!("{sectors} sectors, kept {kept:#b}");
+            assert_eq!(check(expected, decode(&bytes), &what), Verdict::Same, "{what}");
+        }
+    }
+}
+
+#[test]
+fn what_a_torn_record_left_behind_does_not_disturb_the_records_that_follow() {
+    for kept in 0..8u32 {
+        let mut map = Map::with_records();
+        let end = map.end;
+        let index = decode(&map.bytes).expect("whole").0;
+        let start = map.log_at + usize::try_from(end.offset()).expect("small");
+        map.commit(&Map::scattered(5000, 3));
+        for sector in (0..3).filter(|sector| kept >> sector & 1 == 0) {
+            let at = start + sector * LOG_SECTOR_LEN;
+            map.bytes[at..at + LOG_SECTOR_LEN].fill(0);
+        }
+        if kept != 7 {
+            (map.end, map.index) = (end, index);
+        }
+        for n in 0..4 {
+            map.commit(&[(7000 + n, 1, BlockState::Data)]);
+            let what = format!("kept {kept:#b}, {n} records later");
+            assert_eq!(check(&map.index, decode(&map.bytes), &what), Verdict::Same, "{what}");
+        }
+    }
+}
+
+#[test]
+fn records_of_an_older_generation_never_replay() {
+    let mut old = Map::with_records();
+    let (bytes, header) = checkpoint::encode(
+        Uuid::from_u128(9),
+        4,
+        old.end.sequence,
+        &old.index,
+        LogLen::Live { least: LOG_LEN },
+    );
+    let log_at = bytes.len();
+    let mut new = bytes;
+    new.resize(log_at + usize::try_from(header.log_len).expect("small"), 0);
+    // Sectors of the old file under the new one, as after a write that never reached the medium.
+    let used = usize::try_from(old.end.offset()).expect("small");
+    new[log_at..log_at + used].copy_from_slice(&old.bytes[old.log_at..old.log_at + used]);
+    assert_eq!(check(&old.index, decode(&new), "old sectors"), Verdict::Same);
+    old.bytes = new;
+    old.log_at = log_at;
+    old.end = LogEnd::start(&header);
+    old.commit(&[(77, 1, BlockState::Zero)]);
+    assert_eq!(check(&old.index, decode(&old.bytes), "a record before old sectors"), Verdict::Same);
+}
+
+#[test]
+fn any_index_and_any_commits_come_back_from_a_map() {
+    let mut seed = Seed(5);
+    for round in 0..300 {
+        let blocks = 1 + seed.below(LEAF_BLOCKS * 3);
+        let index = HeadIndex::new(BlockCount(blocks));
+        let change = |seed: &mut Seed, index: &HeadIndex| {
+            let start = seed.below(blocks);
+            let long = [8, 5000, blocks][seed.index(3)];
+            let run = BlockRange::new(start, 1 + seed.below(long.min(blocks - start)));
+            let state = if seed.one_in(2) { BlockState::Data } else { BlockState::Zero };
+            index.set(run, state);
+            (run, state)
+        };
+        for _ in 0..seed.below(30) {
+            change(&mut seed, &index);
+        }
+        let log_len = LogLen::Live { least: 64 << 10 };
+        let (mut bytes, header) = checkpoint::encode(Uuid::from_u128(1), 1, 0, &index, log_len);
+        let log_at = bytes.len();
+        bytes.resize(log_at + usize::try_from(header.log_len).expect("small"), 0);
+        let mut end = LogEnd::start(&header);
+        for _ in 0..seed.below(12) {
+            let mut changes = Changes::default();
+            for _ in 0..1 + seed.below(100) {
+                let (run, state) = change(&mut seed, &index);
+                changes.set(run, state);
+            }
+            let at = log_at + usize::try_from(end.offset()).expect("small");
+            let (record, next) = log::encode(&end, &changes);
+            bytes[at..at + record.len()].copy_from_slice(&record);
+            end = next;
+        }
+        let (found, read, replayed) = decode_map(&bytes).expect("what was encoded decodes");
+        assert_eq!((&found, replayed.end, replayed.damage), (&header, end, None), "round {round}");
+        let all = BlockRange::new(0, blocks);
+        assert!(read.runs(all).eq(index.runs(all)), "round {round}");
+    }
+}

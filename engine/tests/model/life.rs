@@ -1,0 +1,398 @@
+//! Short workloads with life operations on a disk, cut at every call that changes the medium.
+//!
+//! What a disk may hold after a cut is the state before the operation that was under way or the state after it, for
+//! names and sizes ([`Catalog`]), with the contents that [`Cells`] allows (invariant 6). Nothing may be left behind that
+//! no record names (invariant 12), opening may not need a second opening, and a merge that was cut can be finished.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use bedplate_engine::{
+    device::{BlockDevice, Durability},
+    error::Result,
+    exec::{
+        simulated::Seed,
+        storage::{Storage, memory::MemoryStorage},
+    },
+    image::{BaseImage, BaseSource},
+    units::{ByteLen, ByteRange, SECTOR_SIZE},
+    volume::{
+        device::VolumeState,
+        disk::Disk,
+        life::Origin,
+        record::{self, ImageRef, VolumeRecord},
+    },
+};
+use uuid::Uuid;
+
+use crate::{
+    cells::{CELL, Cells, Content, image_value},
+    crashes::each_crash,
+    disk::Image,
+    setting,
+};
+
+const SIZE: u64 = 3 * 4096 + 1536;
+const IMAGE: u64 = 2 * 4096 + 1024;
+const GROWTH: u64 = 2 * 4096 + 512;
+pub const VOLUME: &str = "v";
+
+pub struct Images;
+
+impl BaseSource for Images {
+    fn open_base(&self, _: &ImageRef) -> Result<Arc<dyn BaseImage>> {
+        Ok(Arc::new(Image(IMAGE)))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Write,
+    PartialWrite,
+    Zero,
+    Discard,
+    Flush,
+    Snapshot,
+    /// To the newest snapshot.
+    Revert,
+    /// Deletes the oldest snapshot and reclaims its layer.
+    Merge,
+    Clone,
+    FullClone,
+    Flatten,
+    Grow,
+    /// By less than [`Step::Grow`].
+    GrowLess,
+}
+
+const STEPS: [Step; 12] = [
+    Step::Write,
+    Step::PartialWrite,
+    Step::Zero,
+    Step::Discard,
+    Step::Flush,
+    Step::Snapshot,
+    Step::Revert,
+    Step::Merge,
+    Step::Clone,
+    Step::FullClone,
+    Step::Flatten,
+    Step::Grow,
+];
+
+/// What a workload starts from, besides a volume over an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Before {
+    New,
+    /// With two snapshots, each after another write.
+    Snapshots,
+}
+
+/// What a volume is.
+#[derive(Clone, Debug)]
+struct Known {
+    cells: Cells,
+    snapshots: BTreeMap<String, Cells>,
+}
+
+/// What a disk holds.
+#[derive(Clone, Debug)]
+struct Catalog {
+    volumes: BTreeMap<String, Known>,
+    salt: u64,
+}
+
+impl Catalog {
+    fn salt(&mut self) -> u64 {
+        self.salt += 1;
+        self.salt
+    }
+
+    fn volume(&mut self) -> &mut Known {
+        self.volumes.get_mut(VOLUME).expect("the volume is never deleted")
+    }
+
+    /// Check a disk that was opened after a crash; what was found is durable from then on.
+    fn check(&mut self, disk: &Disk) -> Result<(), String> {
+        let found = disk.volumes();
+        let names: BTreeSet<&str> = found.iter().map(|info| info.name.as_str()).collect();
+        let expected: BTreeSet<&str> = self.volumes.keys().map(String::as_str).collect();
+        if names != expected {
+            return Err(format!("volumes are {names:?} instead of {expected:?}"));
+        }
+        for info in found {
+            let known = self.volumes.get_mut(&info.name).ok_or("unknown")?;
+            if info.state != VolumeState::Ready {
+                return Err(format!("{} is {:?}", info.name, info.state));
+            }
+            let names: BTreeSet<&str> = info.snapshots.iter().map(|s| s.name.as_str()).collect();
+            let expected: BTreeSet<&str> = known.snapshots.keys().map(String::as_str).collect();
+            if names != expected {
+                return Err(format!("{}: snapshots are {names:?} instead of {expected:?}", info.name));
+            }
+            let volume = disk.volume(&info.name).map_err(|e| e.to_string())?;
+            check_device(&*volume, &mut known.cells, &info.name)?;
+            for (name, cells) in &mut known.snapshots {
+                let view = disk.view(&info.name, Some(name)).map_err(|e| e.to_string())?;
+                check_device(&view, cells, &format!("{}@{name}", info.name))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_device(device: &dyn BlockDevice, cells: &mut Cells, what: &str) -> Result<(), String> {
+    let size = device.geometry().size.0;
+    if size != cells.size() {
+        return Err(format!("{what} has {size} bytes instead of {}", cells.size()));
+    }
+    let mut bytes = vec![0; usize::try_from(size).expect("a small volume")];
+    device.read_at(&mut bytes, 0).map_err(|e| format!("{what}: {e}"))?;
+    cells.crashed(&bytes).map_err(|e| format!("{what}: {e}"))
+}
+
+/// Nothing is left that no record names.
+fn check_leftovers(storage: &dyn Storage) -> Result<(), String> {
+    let list = |path: &str| storage.list(path).map_err(|e| e.to_string());
+    let mut named = BTreeSet::new();
+    for (name, _) in list("volumes")? {
+        if name.starts_with('.') {
+            return Err(format!("volumes/{name} is left"));
+        }
+        let path = format!("volumes/{name}/volume.json");
+        let record: VolumeRecord = record::read(storage, &path).map_err(|e| e.to_string())?;
+        named.extend(record.layers.iter().map(|layer| layer.uuid.to_string()));
+        if list(&format!("volumes/{name}"))?.len() != 1 {
+            return Err(format!("volumes/{name} holds more than its record"));
+        }
+    }
+    let layers: BTreeSet<String> = list("layers")?.into_iter().map(|(name, _)| name).collect();
+    if layers != named {
+        return Err(format!("layers are {layers:?}, records name {named:?}"));
+    }
+    for layer in layers {
+        let files: BTreeSet<String> =
+            list(&format!("layers/{layer}"))?.into_iter().map(|(name, _)| name).collect();
+        if files != BTreeSet::from(["data".to_owned(), "map".to_owned()]) {
+            return Err(format!("layers/{layer} holds {files:?}"));
+        }
+    }
+    Ok(())
+}
+
+struct Run {
+    storage: Arc<MemoryStorage>,
+    disk: Arc<Disk>,
+    catalog: Catalog,
+    count: usize,
+}
+
+/// A disk with a volume over an image.
+pub fn create_volume() -> (Arc<MemoryStorage>, Arc<Disk>) {
+    let storage = Arc::new(MemoryStorage::new(512));
+    let disk = Disk::open_storage(storage.clone(), Arc::new(Images)).expect("an empty medium");
+    let image = ImageRef { name: "base".into(), uuid: Uuid::from_u128(5), sha512: String::new() };
+    disk.create_volume(VOLUME, Origin::Image(image), Some(ByteLen(SIZE))).expect("no faults");
+    (storage, disk)
+}
+
+impl Run {
+    fn new(before: Before) -> Run {
+        let (storage, disk) = create_volume();
+        let values = (0..SIZE / CELL).map(|cell| if cell * CELL < IMAGE { image_value(cell) } else { 0 });
+        let known = Known { cells: Cells::new(values, 1), snapshots: BTreeMap::new() };
+        let catalog = Catalog { volumes: BTreeMap::from([(VOLUME.to_owned(), known)]), salt: 1 };
+        let mut run = Run { storage, disk, catalog, count: 0 };
+        match before {
+            Before::New => {}
+            Before::Snapshots => {
+                for step in [Step::Write, Step::Snapshot, Step::Discard, Step::PartialWrite, Step::Snapshot] {
+                    run.step(step);
+                }
+            }
+        }
+        run
+    }
+
+    /// Do a step; returns what the disk may hold while it is under way.
+    fn step(&mut self, step: Step) -> Vec<Catalog> {
+        self.count += 1;
+        let disk = self.disk.clone();
+        let before = self.catalog.clone();
+        let new = format!("n{}", self.count);
+        let salt = self.catalog.salt();
+        match step {
+            Step::Write => self.change(4096, 4096, Content::Stamped),
+            Step::PartialWrite => self.change(4096 + 3072, 1024 + 2048, Content::Stamped),
+            Step::Zero => self.change(4096, 8192, Content::Zeros),
+            Step::Discard => self.change(4096 - 1024, 1024 + 2048, Content::Zeros),
+            Step::Flush => {
+                let since = self.catalog.volume().cells.now();
+                disk.volume(VOLUME).and_then(|volume| volume.flush()).expect("no faults");
+                self.catalog.volume().cells.flushed(since);
+                vec![before]
+            }
+            Step::Snapshot => {
+                let known = self.catalog.volume();
+                known.snapshots.insert(new.clone(), known.cells.snapshot(salt));
+                let after = self.catalog.clone();
+                disk.create_snapshot(VOLUME, &new).expect("no faults");
+                self.flushed();
+                vec![before, after]
+            }
+            Step::Revert => {
+                let known = self.catalog.volume();
+                let Some((name, cells)) = known.snapshots.last_key_value() else { return vec![before] };
+                let (name, size) = (name.clone(), known.cells.size());
+                known.cells = cells.snapshot(salt);
+                known.cells.grow(size);
+                let after = self.catalog.clone();
+                disk.revert(VOLUME, &name, None).expect("no faults");
+                vec![before, after]
+            }
+            Step::Merge => {
+                let known = self.catalog.volume();
+                let Some((name, _)) = known.snapshots.pop_first() else { return vec![before] };
+                let after = self.catalog.clone();
+                disk.delete_snapshot(VOLUME, &name).expect("no faults");
+                disk.reclaim(|| true).expect("no faults");
+                vec![before, after]
+            }
+            Step::Clone | Step::FullClone => {
+                let known = self.catalog.volume();
+                let cells = known.cells.snapshot(salt);
+                self.catalog.volumes.insert(new.clone(), Known { cells, snapshots: BTreeMap::new() });
+                let after = self.catalog.clone();
+                match step {
+                    Step::Clone => disk.clone_volume(VOLUME, None, &new).expect("no faults"),
+                    _ => disk.full_clone(VOLUME, None, &new, |_, _| true).expect("no faults"),
+                };
+                self.flushed();
+                vec![before, after]
+            }
+            Step::Flatten => {
+                disk.flatten(VOLUME, |_, _| true).expect("no faults");
+                vec![before]
+            }
+            Step::Grow | Step::GrowLess => {
+                let growth = if step == Step::Grow { GROWTH } else { SECTOR_SIZE };
+                let known = self.catalog.volume();
+                let size = known.cells.size() + growth;
+                known.cells.grow(size);
+                let after = self.catalog.clone();
+                disk.resize(VOLUME, ByteLen(size)).expect("no faults");
+                vec![before, after]
+            }
+        }
+    }
+
+    fn change(&mut self, start: u64, len: u64, content: Content) -> Vec<Catalog> {
+        let range = ByteRange::new(start, len);
+        let (id, bytes) = self.catalog.volume().cells.begin(range, content);
+        let under_way = self.catalog.clone();
+        let volume = self.disk.volume(VOLUME).expect("it exists");
+        match content {
+            Content::Stamped => volume.write_at(&bytes, start, Durability::Volatile),
+            Content::Zeros => volume.discard(range),
+        }
+        .expect("no faults");
+        self.catalog.volume().cells.acknowledged(id);
+        vec![under_way]
+    }
+
+    /// A snapshot is itself a flush.
+    fn flushed(&mut self) {
+        let cells = &mut self.catalog.volume().cells;
+        let since = cells.now();
+        cells.flushed(since);
+    }
+}
+
+/// Open what a crash left and check it, go on with a life operation, crash and check again.
+fn check_crashed(left: MemoryStorage, catalogs: &[Catalog], seed: &mut Seed, what: &str) {
+    let open = |storage: MemoryStorage| {
+        let storage = Arc::new(storage);
+        let disk = Disk::open_storage(storage.clone(), Arc::new(Images));
+        (storage, disk.unwrap_or_else(|e| panic!("{what}: the disk does not open: {e}")))
+    };
+    let (storage, disk) = open(left);
+    let mut errors = Vec::new();
+    let found = catalogs.iter().find_map(|catalog| {
+        let mut catalog = catalog.clone();
+        catalog.check(&disk).map_err(|error| errors.push(error)).ok().map(|()| catalog)
+    });
+    let Some(mut catalog) = found else { panic!("{what}:\n{}", errors.join("\n")) };
+    check_leftovers(&*storage).unwrap_or_else(|e| panic!("{what}: {e}"));
+    disk.reclaim(|| true).unwrap_or_else(|e| panic!("{what}: a merge does not go on: {e}"));
+    catalog.check(&disk).unwrap_or_else(|e| panic!("{what}, reclaimed: {e}"));
+    let mut run = Run { storage, disk, catalog, count: 100 };
+    let next = [Step::GrowLess, Step::Snapshot, Step::Clone, Step::Revert, Step::Flatten, Step::Write]
+        [seed.index(6)];
+    run.step(next);
+    run.catalog.volume().cells.abandon();
+    let Run { storage, disk, mut catalog, .. } = run;
+    let second = storage.crash_losing_all();
+    drop(disk);
+    let (_, disk) = open(second);
+    catalog.check(&disk).unwrap_or_else(|e| panic!("{what}, then {next:?}, crashed again: {e}"));
+}
+
+/// Outcomes of one cut, by the length of the workload.
+fn outcomes_max(len: usize) -> usize {
+    match len {
+        0 | 1 => 16,
+        2 => 2,
+        _ => 1,
+    }
+}
+
+fn run_workload(before: Before, workload: &[Step], seed: &mut Seed) -> (u64, u64) {
+    let mut run = Run::new(before);
+    let Some((last, first)) = workload.split_last() else { return (0, 0) };
+    for step in first {
+        run.step(*step);
+    }
+    run.storage.record_cuts();
+    let mut catalogs = run.step(*last);
+    let cuts = run.storage.take_cuts();
+    let (points, mut crashes) = (cuts.len(), 0);
+    for (n, cut) in cuts.into_iter().enumerate() {
+        let ended = n + 1 == points;
+        if ended {
+            catalogs = vec![run.catalog.clone()];
+        } else if workload.len() > 2 && !seed.one_in(6) {
+            continue;
+        }
+        let what = format!("{before:?} {workload:?} cut at {n} of {points}");
+        let mut after = Seed(seed.number());
+        crashes += each_crash(&cut, outcomes_max(workload.len()), seed, |left| {
+            check_crashed(left, &catalogs, &mut after, &what);
+        });
+    }
+    (points as u64, crashes)
+}
+
+#[test]
+fn every_short_life_cut_at_every_call_is_before_or_after_and_leaves_nothing_behind() {
+    let depth = setting("BEDPLATE_LIFE_DEPTH", 2);
+    let mut seed = Seed(11);
+    let (mut workloads, mut points, mut crashes) = (0u64, 0, 0);
+    let mut level: Vec<Vec<Step>> = vec![Vec::new()];
+    for _ in 0..depth {
+        level = level
+            .iter()
+            .flat_map(|start| STEPS.iter().map(|step| [start.as_slice(), &[*step]].concat()))
+            .collect();
+        for before in [Before::New, Before::Snapshots] {
+            for workload in &level {
+                let (more_points, more) = run_workload(before, workload, &mut seed);
+                workloads += 1;
+                points += more_points;
+                crashes += more;
+            }
+        }
+    }
+    println!("{workloads} workloads, {points} cuts, {crashes} media after a crash");
+}

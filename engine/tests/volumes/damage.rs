@@ -1,0 +1,112 @@
+//! Damage to the files of a volume: what is refused, what is still read, and the way out.
+
+use std::{fs, path::PathBuf};
+
+use bedplate_engine::{
+    device::{BlockDevice, Durability},
+    error::Error,
+    units::ByteLen,
+    volume::{device::VolumeState, life::Origin},
+};
+
+use crate::util::{Fixture, assert_same, content};
+
+const SIZE: u64 = 1 << 20;
+
+/// The file `name` of the only layer.
+fn layer_file(fixture: &Fixture, name: &str) -> PathBuf {
+    let mut layers = fs::read_dir(fixture.path().join("disk/layers")).expect("a directory");
+    layers.next().expect("one layer").expect("readable").path().join(name)
+}
+
+/// A disk with one volume of which two commits are in the log.
+fn written() -> (Fixture, Vec<u8>) {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 4096], 0, Durability::Fua).expect("written");
+    volume.write_at(&[2; 4096], 40_960, Durability::Fua).expect("written");
+    let bytes = content(&*volume);
+    drop((volume, disk));
+    (fixture, bytes)
+}
+
+#[test]
+fn a_record_damaged_in_mid_log_makes_the_volume_read_only_and_recovery_brings_its_blocks_back() {
+    let (fixture, expected) = written();
+    let map = layer_file(&fixture, "map");
+    let mut bytes = fs::read(&map).expect("a map");
+    let log = 4096;
+    assert_eq!(&bytes[log..log + 4], b"BLOG");
+    bytes[log + 50] ^= 1;
+    fs::write(&map, bytes).expect("damaged");
+
+    let disk = fixture.disk();
+    let volume = disk.volume("v").expect("listed");
+    assert!(matches!(volume.state(), VolumeState::ReadOnly { .. }), "{:?}", volume.state());
+    let mut block = [0; 4096];
+    assert!(matches!(volume.read_at(&mut block, 0), Err(Error::Lost { .. })));
+    volume.read_at(&mut block, 40_960).expect("a later record states this block");
+    assert_eq!(block, [2; 4096]);
+    assert!(matches!(volume.write_at(&block, 0, Durability::Volatile), Err(Error::Failed { .. })));
+    drop(volume);
+
+    let recovered = disk.recover("v").expect("recovered");
+    assert_eq!(recovered.layers.len(), 1);
+    assert!(!recovered.layers[0].guessed.is_empty(), "what is a guess is said");
+    let volume = disk.volume("v").expect("there");
+    assert_same(&content(&*volume), &expected, "after recovery");
+    volume.write_at(&[3; 100], 5000, Durability::Fua).expect("it takes writes again");
+    drop((volume, disk));
+    let volume = fixture.disk().volume("v").expect("there");
+    assert_eq!(volume.state(), VolumeState::Ready);
+    assert_eq!(&content(&*volume)[5000..5100], &[3; 100]);
+}
+
+#[test]
+fn a_damaged_header_fails_the_volume_alone_and_recovery_finds_its_blocks() {
+    let (fixture, expected) = written();
+    let map = layer_file(&fixture, "map");
+    let mut bytes = fs::read(&map).expect("a map");
+    bytes[3] ^= 0xff;
+    fs::write(&map, bytes).expect("damaged");
+
+    let disk = fixture.disk();
+    disk.create_volume("w", Origin::Empty, Some(ByteLen(SIZE))).expect("the others go on");
+    let info = disk.volumes().into_iter().find(|info| info.name == "v").expect("listed");
+    assert!(matches!(info.state, VolumeState::Failed { .. }), "{:?}", info.state);
+    disk.recover("v").expect("recovered");
+    assert_same(&content(&*disk.volume("v").expect("there")), &expected, "after recovery");
+}
+
+#[test]
+fn recovering_a_sound_volume_under_use_changes_nothing() {
+    let (fixture, expected) = written();
+    let disk = fixture.disk();
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[9; 512], 0, Durability::Volatile).expect("written");
+    assert!(disk.recover("v").expect("nothing to do").layers.is_empty());
+    assert_eq!(&content(&*volume)[..512], &[9; 512]);
+    assert_same(&content(&*disk.volume("v").expect("there"))[512..], &expected[512..], "the rest");
+}
+
+#[test]
+fn an_unreadable_record_is_listed_with_its_reason_and_stops_collection_only() {
+    let (fixture, _) = written();
+    let volumes = fixture.path().join("disk/volumes");
+    let dir = fs::read_dir(&volumes).expect("a directory").next().expect("one").expect("readable").path();
+    let record = fs::read_to_string(dir.join("volume.json")).expect("a record");
+    fs::write(dir.join("volume.json"), record.replace("\"format_version\": 1", "\"format_version\": 77"))
+        .expect("changed");
+    let disk = fixture.disk();
+    let info = disk.volumes().pop().expect("listed");
+    assert!(
+        matches!(&info.state, VolumeState::Failed { reason } if reason.contains("77")),
+        "{:?}",
+        info.state
+    );
+    disk.create_volume("w", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    disk.delete_volume("w").expect("deleted");
+    assert!(layer_file(&fixture, "map").exists(), "nothing of the unreadable volume is collected");
+}

@@ -1,0 +1,258 @@
+//! The life of volumes: each operation, and all of them at random.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bedplate_engine::{
+    device::{BlockDevice, Durability},
+    error::Error,
+    units::{ByteLen, ByteRange, to_usize},
+    volume::{disk::Disk, life::Origin},
+};
+
+use crate::util::{Fixture, Rng, assert_same, content};
+
+const SIZE: u64 = 300 * 1024 + 512;
+
+#[test]
+fn a_volume_over_an_odd_sized_image_reads_it_and_then_zeros() {
+    let fixture = Fixture::new();
+    let image = Rng(1).bytes(10_000);
+    let image_ref = fixture.image(&image);
+    let disk = fixture.disk();
+    disk.create_volume("small", Origin::Image(image_ref.clone()), None).expect("created");
+    let info =
+        disk.create_volume("large", Origin::Image(image_ref.clone()), Some(ByteLen(SIZE))).expect("created");
+    assert_eq!(info.size.0, SIZE);
+    let mut expected = image.clone();
+    expected.resize(10_240, 0);
+    assert_same(&content(&*disk.volume("small").expect("there")), &expected, "small");
+    expected.resize(to_usize(SIZE), 0);
+    assert_same(&content(&*disk.volume("large").expect("there")), &expected, "large");
+    let refused = disk.create_volume("less", Origin::Image(image_ref), Some(ByteLen(512)));
+    assert!(matches!(refused, Err(Error::Invalid(_))));
+}
+
+#[test]
+fn what_was_written_is_there_after_reopening_and_a_second_opener_is_told_who_holds_the_disk() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(b"hello", 4094, Durability::Fua).expect("written");
+    volume.zero(ByteRange::new(8192, 100), Durability::Volatile).expect("zeroed");
+    volume.flush().expect("flushed");
+    let before = content(&*volume);
+    assert_eq!(&before[4094..4099], b"hello");
+    let second = Disk::open(&fixture.path().join("disk"), fixture.images.clone());
+    assert!(
+        matches!(&second, Err(Error::InUse { by, .. }) if by.contains(&std::process::id().to_string())),
+        "{second:?}"
+    );
+    drop((volume, disk));
+    let disk = fixture.disk();
+    assert_same(&content(&*disk.volume("v").expect("there")), &before, "after reopening");
+}
+
+#[test]
+fn a_held_volume_is_neither_reverted_nor_deleted_and_the_error_names_the_holder() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    disk.create_snapshot("v", "s").expect("taken");
+    let hold = disk.volume("v").expect("there").hold("a test").expect("held");
+    for refused in [disk.delete_volume("v"), disk.revert("v", "s", None).map(|_| ())] {
+        assert!(matches!(&refused, Err(Error::InUse { by, .. }) if by == "a test"), "{refused:?}");
+    }
+    drop(hold);
+    disk.revert("v", "s", None).expect("reverted");
+    disk.delete_volume("v").expect("deleted");
+    let left: Vec<_> = std::fs::read_dir(fixture.path().join("disk/layers")).expect("a directory").collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_view_of_a_live_volume_stays_as_it_was_while_the_volume_goes_on() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 20_000], 100, Durability::Volatile).expect("written");
+    let before = content(&*volume);
+    let view = disk.view("v", None).expect("viewed");
+    volume.write_at(&[2; 20_000], 0, Durability::Volatile).expect("written");
+    disk.reclaim(|| true).expect("merged");
+    assert_same(&content(&view), &before, "the view");
+    assert_eq!(disk.volume("v").expect("there").info().layer_count, 1);
+    assert!(disk.volume("v").expect("there").info().snapshots.is_empty());
+}
+
+#[test]
+fn exporting_a_large_live_volume_again_and_again_copies_none_of_it() {
+    let size = 96 << 20;
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(size))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    for chunk in 0..size >> 20 {
+        volume.write_at(&vec![7; 1 << 20], chunk << 20, Durability::Volatile).expect("written");
+    }
+    for round in 0..4u64 {
+        let view = disk.view("v", None).expect("viewed");
+        volume.write_at(&[9; 8192], round * 12_288, Durability::Volatile).expect("written");
+        drop(view);
+        disk.reclaim(|| true).expect("merged");
+    }
+    let info = disk.volume("v").expect("there").info();
+    assert!(info.layer_count <= 2, "{} layers", info.layer_count);
+    assert!(info.allocated.0 < size + (1 << 20), "{} bytes for {size}", info.allocated.0);
+    let mut expected = vec![7; to_usize(size)];
+    for round in 0..4 {
+        expected[round * 12_288..round * 12_288 + 8192].fill(9);
+    }
+    assert_same(&content(&*volume), &expected, "the volume");
+    disk.flush().expect("flushed");
+    drop((volume, disk));
+    assert_same(&content(&*fixture.disk().volume("v").expect("there")), &expected, "after reopening");
+}
+
+/// What a volume and its snapshots should read.
+#[derive(Clone, Default)]
+struct Model {
+    bytes: Vec<u8>,
+    snapshots: BTreeMap<String, Vec<u8>>,
+}
+
+fn change(volume: &dyn BlockDevice, model: &mut Model, rng: &mut Rng) {
+    let size = model.bytes.len() as u64;
+    let start = rng.below(size);
+    let len = match rng.below(3) {
+        0 => 1 + rng.below(700),
+        1 => 4096 * (1 + rng.below(8)),
+        _ => 1 + rng.below(40_000),
+    };
+    let (start, len) = if rng.below(2) == 0 { (start / 4096 * 4096, len) } else { (start, len) };
+    let len = len.min(size - start);
+    let place = to_usize(start)..to_usize(start + len);
+    let durability = if rng.below(8) == 0 { Durability::Fua } else { Durability::Volatile };
+    match rng.below(10) {
+        0..6 => {
+            let data = rng.bytes(to_usize(len));
+            volume.write_at(&data, start, durability).expect("written");
+            model.bytes[place].copy_from_slice(&data);
+        }
+        6..8 => {
+            volume.zero(ByteRange::new(start, len), durability).expect("zeroed");
+            model.bytes[place].fill(0);
+        }
+        8 => {
+            volume.discard(ByteRange::new(start, len)).expect("discarded");
+            model.bytes[place].fill(0);
+        }
+        _ => volume.flush().expect("flushed"),
+    }
+}
+
+/// One random operation of a volume's life.
+fn live(disk: &Arc<Disk>, models: &mut BTreeMap<String, Model>, rng: &mut Rng, step: u64) {
+    let names: Vec<String> = models.keys().cloned().collect();
+    let name = names[to_usize(rng.below(names.len() as u64))].clone();
+    let snapshots: Vec<String> = models[&name].snapshots.keys().cloned().collect();
+    let snapshot = (!snapshots.is_empty())
+        .then(|| snapshots[to_usize(rng.below(snapshots.len().max(1) as u64))].clone());
+    let new = format!("n{step}");
+    let verb = rng.below(10);
+    println!("step {step}: {verb} on {name} ({snapshot:?})");
+    match (verb, snapshot) {
+        (0 | 1, _) => {
+            disk.create_snapshot(&name, &new).expect("taken");
+            let model = models.get_mut(&name).expect("there");
+            model.snapshots.insert(new, model.bytes.clone());
+        }
+        (2, Some(snapshot)) => {
+            let first = rng.below(2) == 0;
+            disk.revert(&name, &snapshot, first.then_some(new.as_str())).expect("reverted");
+            let model = models.get_mut(&name).expect("there");
+            let before = model.bytes.clone();
+            if first {
+                model.snapshots.insert(new, before.clone());
+            }
+            model.bytes = model.snapshots[&snapshot].clone();
+            model.bytes.resize(model.bytes.len().max(before.len()), 0);
+        }
+        (3 | 4, Some(snapshot)) => {
+            disk.delete_snapshot(&name, &snapshot).expect("deleted");
+            models.get_mut(&name).expect("there").snapshots.remove(&snapshot);
+        }
+        (5, snapshot) if models.len() < 6 => {
+            let snapshot = snapshot.filter(|_| rng.below(2) == 0);
+            let model = &models[&name];
+            let bytes = snapshot.as_ref().map_or(&model.bytes, |snapshot| &model.snapshots[snapshot]).clone();
+            if rng.below(3) == 0 {
+                disk.full_clone(&name, snapshot.as_deref(), &new, |_, _| true).expect("copied");
+            } else {
+                disk.clone_volume(&name, snapshot.as_deref(), &new).expect("cloned");
+            }
+            models.insert(new, Model { bytes, snapshots: BTreeMap::new() });
+        }
+        (6, _) => disk.reclaim(|| true).expect("merged"),
+        (7, _) => {
+            disk.flatten(&name, |_, _| true).expect("flattened");
+        }
+        (8, _) => {
+            let size = models[&name].bytes.len() as u64 + 512 * rng.below(20);
+            disk.resize(&name, ByteLen(size)).expect("grown");
+            models.get_mut(&name).expect("there").bytes.resize(to_usize(size), 0);
+        }
+        (9, _) if models.len() > 2 => {
+            disk.delete_volume(&name).expect("deleted");
+            models.remove(&name);
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn random_lives_of_many_volumes_read_like_plain_vectors_also_after_reopening() {
+    let first: u64 = std::env::var("BEDPLATE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let seeds: u64 = std::env::var("BEDPLATE_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(12);
+    for seed in first..first + seeds {
+        println!("BEDPLATE_SEED={seed}");
+        let mut rng = Rng(seed);
+        let fixture = Fixture::new();
+        let image = rng.bytes(to_usize(150_000 + seed % 9000));
+        let image_ref = fixture.image(&image);
+        let mut disk = fixture.disk();
+        let mut models = BTreeMap::new();
+        for name in ["a", "b"] {
+            disk.create_volume(name, Origin::Image(image_ref.clone()), Some(ByteLen(SIZE))).expect("created");
+            let mut bytes = image.clone();
+            bytes.resize(to_usize(SIZE), 0);
+            models.insert(name.to_owned(), Model { bytes, snapshots: BTreeMap::new() });
+        }
+        for step in 0..60 {
+            for _ in 0..6 {
+                let names: Vec<String> = models.keys().cloned().collect();
+                let name = &names[to_usize(rng.below(names.len() as u64))];
+                let volume = disk.volume(name).expect("there");
+                change(&*volume, models.get_mut(name).expect("there"), &mut rng);
+            }
+            live(&disk, &mut models, &mut rng, step);
+            if rng.below(12) == 0 {
+                disk.flush().expect("flushed");
+                println!("reopened");
+                drop(disk);
+                disk = fixture.disk();
+            }
+            for (name, model) in &models {
+                let volume = disk.volume(name).expect("there");
+                assert_same(&content(&*volume), &model.bytes, &format!("seed {seed} step {step} {name}"));
+            }
+        }
+        for (name, model) in &models {
+            for (snapshot, bytes) in &model.snapshots {
+                let view = disk.view(name, Some(snapshot)).expect("viewed");
+                assert_same(&content(&view), bytes, &format!("seed {seed} {name}@{snapshot}"));
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! A disk in a temporary directory, and images to stand on.
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use bedplate_engine::{
+    error::{Error, Result},
+    image::{BaseImage, BaseSource, raw::RawImage},
+    units::ByteLen,
+    volume::{disk::Disk, record::ImageRef},
+};
+use uuid::Uuid;
+
+/// Images by uuid: files of the test.
+#[derive(Default)]
+pub struct Images(Mutex<HashMap<Uuid, (std::path::PathBuf, u64)>>);
+
+impl BaseSource for Images {
+    fn open_base(&self, image: &ImageRef) -> Result<Arc<dyn BaseImage>> {
+        let images = self.0.lock().expect("no test panics with it");
+        let (path, len) = images
+            .get(&image.uuid)
+            .ok_or_else(|| Error::NotFound { kind: "image", name: image.name.clone() })?;
+        Ok(Arc::new(RawImage::open(path, ByteLen(*len))?))
+    }
+}
+
+pub struct Fixture {
+    pub dir: tempfile::TempDir,
+    pub images: Arc<Images>,
+}
+
+impl Fixture {
+    pub fn new() -> Fixture {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        std::fs::create_dir(dir.path().join("disk")).expect("a directory");
+        Fixture { dir, images: Arc::default() }
+    }
+
+    pub fn disk(&self) -> Arc<Disk> {
+        Disk::open(&self.dir.path().join("disk"), self.images.clone()).expect("the disk opens")
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn image(&self, content: &[u8]) -> ImageRef {
+        let uuid = Uuid::new_v4();
+        let path = self.dir.path().join(uuid.to_string());
+        std::fs::write(&path, content).expect("the image is written");
+        self.images.0.lock().expect("no test panics with it").insert(uuid, (path, content.len() as u64));
+        ImageRef { name: "base".into(), uuid, sha512: String::new() }
+    }
+}
+
+/// A small generator of numbers: splitmix64.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len).map(|_| self.next().to_le_bytes()[0]).collect()
+    }
+}
+
+/// All bytes of a device.
+pub fn content(device: &dyn bedplate_engine::device::BlockDevice) -> Vec<u8> {
+    let mut bytes = vec![0; device.geometry().size.as_usize()];
+    for (piece, n) in bytes.chunks_mut(8 << 20).zip(0u64..) {
+        device.read_at(piece, n * (8 << 20)).expect("the device is readable");
+    }
+    bytes
+}
+
+/// Panic at the first difference, and say where it is.
+pub fn assert_same(found: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
+        panic!("{what}: byte {at} (block {}) is {} instead of {}", at / 4096, found[at], expected[at]);
+    }
+}

@@ -1,0 +1,74 @@
+//! A device's content as the body of an answer.
+//!
+//! Owns the stream: bounded, read ahead by [`CHUNKS_AHEAD_MAX`] on a thread that may block, holes never read from disk.
+//! A read that fails cuts the connection before the announced length, so that a client cannot take what it has for
+//! the whole; HTTP has no other word for it once the status is sent.
+
+use std::sync::Arc;
+
+use axum::{
+    body::{Body, Bytes},
+    http::header,
+    response::{IntoResponse, Response},
+};
+use bedplate_engine::{
+    device::{BlockDevice, ExtentKind},
+    error::Error,
+    units::{ByteRange, to_usize},
+};
+use futures_util::stream;
+use tokio::sync::mpsc;
+
+/// Bytes of one piece of the body.
+const CHUNK_LEN: u64 = 1 << 20;
+/// Pieces that wait for a slow client; with [`CHUNK_LEN`] the memory of one stream.
+const CHUNKS_AHEAD_MAX: usize = 4;
+/// How much of the device is asked about at once.
+const EXTENTS_WINDOW: u64 = 1 << 30;
+
+static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
+
+/// All bytes of `device`, with their number announced.
+pub fn response(device: Arc<dyn BlockDevice>) -> Response {
+    let len = device.geometry().size.0;
+    let (chunks, queue) = mpsc::channel(CHUNKS_AHEAD_MAX);
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = feed(device.as_ref(), &chunks) {
+            tracing::warn!(%error, "a stream of content ends early");
+            drop(chunks.blocking_send(Err(error)));
+        }
+    });
+    let body = stream::unfold(queue, |mut queue| async move { Some((queue.recv().await?, queue)) });
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, len.to_string()),
+    ];
+    (headers, Body::from_stream(body)).into_response()
+}
+
+/// Send everything in order; ends early, without an error, when nobody listens any more.
+fn feed(device: &dyn BlockDevice, chunks: &mpsc::Sender<Result<Bytes, Error>>) -> Result<(), Error> {
+    let size = device.geometry().size.0;
+    let mut at = 0;
+    while at < size {
+        for extent in device.extents(ByteRange::new(at, EXTENTS_WINDOW.min(size - at)))? {
+            let end = extent.range.end().0;
+            while at < end {
+                let len = CHUNK_LEN.min(end - at);
+                let chunk = match extent.kind {
+                    ExtentKind::Zero => Bytes::from_static(&ZEROS).slice(..to_usize(len)),
+                    ExtentKind::Data => {
+                        let mut buffer = vec![0; to_usize(len)];
+                        device.read_at(&mut buffer, at)?;
+                        Bytes::from(buffer)
+                    }
+                };
+                if chunks.blocking_send(Ok(chunk)).is_err() {
+                    return Ok(());
+                }
+                at += len;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! The directories of images on one disk: `images/<name>-<uuid8>/{image,image.json,partial.*}`.
+//!
+//! Owns which files there are, and the order of the steps that make a crash leave before or after: a record is durable
+//! before anything else is (so that a directory without a record is litter), an arrival becomes `image` by a rename
+//! that is durable before the record says *ready*, and a deletion takes the record away first. Does not know jobs.
+//! Litter is collected only where every record of the disk was readable (invariant 10), and each removal is logged.
+
+use std::{
+    fs::File,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bedplate_engine::error::{Error, Result};
+use nix::sys::stat::{Mode, fchmod};
+use uuid::Uuid;
+
+use super::record::{ImageRecord, Stamp};
+use crate::directory::{Directory, Open};
+
+/// Name of the directory of all images on a disk.
+const IMAGES: &str = "images";
+/// The verified file.
+pub const IMAGE: &str = "image";
+const RECORD: &str = "image.json";
+/// What the record is called while its image is being removed.
+const DELETED: &str = "deleted.json";
+/// The arriving file.
+pub const PARTIAL_DATA: &str = "partial.data";
+/// What is known about the arriving file.
+pub const PARTIAL_RECORD: &str = "partial.json";
+/// Everything that this program ever puts into an image's directory.
+const OURS: [&str; 7] =
+    [IMAGE, RECORD, DELETED, PARTIAL_DATA, PARTIAL_RECORD, "image.json.new", "partial.json.new"];
+
+/// A disk, as far as images are concerned. Cheap to clone; the descriptor stays the directory's.
+#[derive(Clone, Debug)]
+pub struct DiskDir {
+    id: Uuid,
+    directory: Arc<Directory>,
+}
+
+impl DiskDir {
+    /// Hold the directory of the disk with this id. The caller has its lock and has seen its id (invariant 11).
+    pub fn open(id: Uuid, path: &Path) -> Result<DiskDir> {
+        Ok(DiskDir { id, directory: Arc::new(Directory::open(path)?) })
+    }
+
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn free_bytes(&self) -> Result<u64> {
+        self.directory.free_bytes()
+    }
+}
+
+/// The images of one disk.
+#[derive(Clone, Debug)]
+pub struct ImageStore {
+    disk: DiskDir,
+    images: Arc<Directory>,
+}
+
+/// What lies under one name in `images/`.
+#[derive(Debug)]
+pub enum Found {
+    Image(ImageRecord, ImageDir),
+    /// It has a record that this program cannot read: it is listed, and keeps its name.
+    Unreadable {
+        directory: String,
+        path: PathBuf,
+        error: Error,
+    },
+}
+
+impl ImageStore {
+    pub fn open(disk: DiskDir) -> Result<ImageStore> {
+        let images = Arc::new(disk.directory.ensure_dir(IMAGES)?);
+        Ok(ImageStore { disk, images })
+    }
+
+    pub fn disk(&self) -> &DiskDir {
+        &self.disk
+    }
+
+    /// Everything on the disk; what a crash left behind is cleared away.
+    pub fn scan(&self) -> Result<Vec<Found>> {
+        let mut found = Vec::new();
+        let mut litter = Vec::new();
+        for name in self.images.names()? {
+            let path = self.images.path().join(&name);
+            match self.look(&name) {
+                Ok(Some((record, dir))) => found.push(Found::Image(record, dir)),
+                Ok(None) => litter.push(name),
+                Err(error) => found.push(Found::Unreadable { directory: name, path, error }),
+            }
+        }
+        if found.iter().any(|f| matches!(f, Found::Unreadable { .. })) {
+            if !litter.is_empty() {
+                tracing::warn!(disk = %self.disk.id, ?litter, "not collected: a record of this disk is unreadable");
+            }
+            return Ok(found);
+        }
+        for name in litter {
+            // One that cannot be removed stops nobody: it is tried again at the next start.
+            match self.collect(&name) {
+                Ok(()) => {
+                    tracing::info!(disk = %self.disk.id, directory = name, "collected an image without a record")
+                }
+                Err(error) => tracing::warn!(disk = %self.disk.id, directory = name, %error, "not collected"),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Make the directory of a new image, with its record.
+    pub fn create(&self, record: &ImageRecord) -> Result<ImageDir> {
+        let name = record.directory_name();
+        let dir = self.images.create_dir(&name)?;
+        let dir = ImageDir { name, dir: Arc::new(dir) };
+        dir.write_record(record)?;
+        self.images.sync()?;
+        Ok(dir)
+    }
+
+    /// Remove an image: its record first, then everything.
+    pub fn delete(&self, image: &ImageDir) -> Result<()> {
+        if image.dir.exists(RECORD)? {
+            image.dir.rename(RECORD, DELETED)?;
+            image.dir.sync()?;
+        }
+        self.collect(&image.name)
+    }
+
+    fn look(&self, name: &str) -> Result<Option<(ImageRecord, ImageDir)>> {
+        let dir = self.images.open_dir(name)?;
+        let path = dir.path().join(RECORD);
+        let json = match dir.read_small(RECORD) {
+            Ok(json) => json,
+            Err(e) if e.is_not_found() => {
+                // A verified file without a record was not left by a crash of ours, unless it is being deleted.
+                if dir.exists(IMAGE)? && !dir.exists(DELETED)? {
+                    return Err(e);
+                }
+                return Ok(None);
+            }
+            Err(e) => return Err(e),
+        };
+        let record = ImageRecord::parse(&json, &path)?;
+        if record.directory_name() != name {
+            let what = format!("a record that belongs to the directory {:?}", record.directory_name());
+            return Err(Error::Unsupported { path, what });
+        }
+        Ok(Some((record, ImageDir { name: name.to_owned(), dir: Arc::new(dir) })))
+    }
+
+    fn collect(&self, name: &str) -> Result<()> {
+        let dir = self.images.open_dir(name)?;
+        for file in OURS.iter().filter(|file| **file != DELETED) {
+            dir.remove_file(file)?;
+        }
+        // Last, as it vouches for the removal of the others.
+        dir.remove_file(DELETED)?;
+        self.images.remove_dir(name)?;
+        self.images.sync()
+    }
+}
+
+/// The directory of one image.
+#[derive(Clone, Debug)]
+pub struct ImageDir {
+    name: String,
+    dir: Arc<Directory>,
+}
+
+impl ImageDir {
+    pub fn directory(&self) -> &Arc<Directory> {
+        &self.dir
+    }
+
+    /// Where the verified file is.
+    pub fn image_path(&self) -> PathBuf {
+        self.dir.path().join(IMAGE)
+    }
+
+    pub fn write_record(&self, record: &ImageRecord) -> Result<()> {
+        self.dir.replace(RECORD, &record.to_json())
+    }
+
+    pub fn open_image(&self, how: Open) -> Result<File> {
+        self.dir.open_file(IMAGE, how)
+    }
+
+    pub fn has_image(&self) -> Result<bool> {
+        self.dir.exists(IMAGE)
+    }
+
+    /// Give the arrived, synced file its name and make that durable; the record follows.
+    pub fn publish_file(&self, file: &File) -> Result<Stamp> {
+        let path = self.image_path();
+        fchmod(file, Mode::from_bits_truncate(0o444)).map_err(|e| Error::io("chmod", &path, e.into()))?;
+        file.sync_all().map_err(|e| Error::io("sync", &path, e))?;
+        self.dir.rename(PARTIAL_DATA, IMAGE)?;
+        self.dir.sync()?;
+        stamp(file, &path)
+    }
+
+    /// Take back a publication whose record was never written: the arrival goes on where it was.
+    pub fn unpublish_file(&self) -> Result<()> {
+        self.dir.rename(IMAGE, PARTIAL_DATA)?;
+        self.dir.sync()
+    }
+
+    /// Remove what is left of an arrival.
+    pub fn discard_partial(&self) -> Result<()> {
+        self.dir.remove_file(PARTIAL_RECORD)?;
+        self.dir.remove_file(PARTIAL_DATA)?;
+        self.dir.sync()
+    }
+
+    /// Bytes that the image, or what has arrived of it, takes on the disk.
+    pub fn allocated_bytes(&self) -> u64 {
+        [IMAGE, PARTIAL_DATA]
+            .iter()
+            .filter_map(|name| self.dir.open_file(name, Open::Read).ok()?.metadata().ok())
+            .map(|meta| meta.blocks().saturating_mul(512))
+            .sum()
+    }
+}
+
+/// What identifies the content of an open file from outside.
+pub fn stamp(file: &File, path: &Path) -> Result<Stamp> {
+    let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
+    let mtime_ns = meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec());
+    Ok(Stamp { size_bytes: meta.len(), mtime_ns, inode: meta.ino() })
+}

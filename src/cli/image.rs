@@ -1,0 +1,243 @@
+//! `bedplate image`: images and their copies.
+
+use clap::Subcommand;
+
+use super::{
+    exit::Failure,
+    export::{self, ExportArgs, Origin},
+    output::{self, OutputArgs},
+    wait::{self, TimeoutArgs, WaitArgs},
+};
+use crate::api::{
+    client::Client,
+    types::{CreateImage, Image, Progress},
+};
+
+/// Bring in, verify, export and delete images
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Bring in an image
+    #[command(
+        after_long_help = "The node fetches the image in the background and verifies it as it arrives; --wait \
+waits for the result. A download that breaks off goes on where it was, also after a restart of the node.
+
+SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), or image:NAME.
+
+Examples:
+  bedplate image create debian --from https://example.org/debian.raw --checksum 5bb3a8... --wait
+  bedplate image create golden --from volume:build@done --wait --timeout 10m
+  bedplate image create local --from ./disk.raw"
+    )]
+    Create {
+        /// The image's name: letters, digits, '.', '_' and '-', at most 64, no leading dot
+        name: String,
+        /// Where it comes from: PATH, http(s)://URL, volume:NAME[@SNAPSHOT] or image:NAME
+        #[arg(long, value_name = "SOURCE")]
+        from: String,
+        /// The file's SHA-512 in hexadecimal, or sha256:HEX; any other bytes are refused with exit code 5
+        #[arg(long, value_name = "HEX")]
+        checksum: Option<String>,
+        #[command(flatten)]
+        wait: WaitArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// List images
+    #[command(after_long_help = "Examples:
+  bedplate image list
+  bedplate image list -o json | jq -r '.[] | select(.state == \"failed\") | .name'")]
+    List {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show one image
+    #[command(after_long_help = "Examples:
+  bedplate image get debian
+  bedplate image get debian -o json | jq -r .sha512")]
+    Get {
+        /// The image's name or uuid
+        name: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Delete an image; one that is on its way is cancelled
+    #[command(
+        after_long_help = "Refused (exit 4) while a volume stands on it: delete those volumes, or make them \
+independent of it with `bedplate volume flatten`.
+
+Example:
+  bedplate image delete debian"
+    )]
+    Delete {
+        /// The image's name or uuid
+        name: String,
+    },
+    /// Stop bringing in an image, and clear away what has arrived
+    #[command(after_long_help = "The image stays, as failed, until it is deleted.
+
+Example:
+  bedplate image cancel debian")]
+    Cancel {
+        /// The image's name or uuid
+        name: String,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Read an image back from the disk and compare its checksum
+    #[command(after_long_help = "Exits with 5 when the bytes are not what they were.
+
+Example:
+  bedplate image verify debian")]
+    Verify {
+        /// The image's name or uuid
+        name: String,
+        #[command(flatten)]
+        timeout: TimeoutArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Write an image's content into a file or to stdout
+    #[command(after_long_help = "Examples:
+  bedplate image export debian /srv/debian.raw
+  bedplate image export debian - | ssh host 'cat > debian.raw'")]
+    Export {
+        /// The image's name or uuid
+        name: String,
+        #[command(flatten)]
+        export: ExportArgs,
+    },
+}
+
+impl Verb {
+    pub fn describe(&self) -> &'static str {
+        match self {
+            Verb::Create { .. } => "image create",
+            Verb::List { .. } => "image list",
+            Verb::Get { .. } => "image get",
+            Verb::Delete { .. } => "image delete",
+            Verb::Cancel { .. } => "image cancel",
+            Verb::Verify { .. } => "image verify",
+            Verb::Export { .. } => "image export",
+        }
+    }
+}
+
+pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
+    match verb {
+        Verb::Create { name, from, checksum, wait, output } => {
+            let source = absolute_source(&from)?;
+            let request = CreateImage { name, source, checksum, deadline_s: None };
+            let mut image = client.create_image(&request).await?;
+            if wait.wait {
+                image = wait::image(client, image, wait.timeout).await?;
+            }
+            output.print(&image, details)
+        }
+        Verb::List { output } => output.print(&client.images().await?, |images| table(images)),
+        Verb::Get { name, output } => output.print(&client.image(&name).await?, details),
+        Verb::Delete { name } => Ok(client.delete_image(&name).await?),
+        Verb::Cancel { name, output } => output.print(&client.cancel_image(&name).await?, details),
+        Verb::Verify { name, timeout, output } => {
+            let image = client.verify_image(&name).await?;
+            let image = wait::image(client, image, timeout.timeout).await?;
+            output.print(&image, details)
+        }
+        Verb::Export { name, export } => export::run(Origin::Image(name), export, client).await,
+    }
+}
+
+/// A path becomes absolute here, because the node has another working directory; everything else is the node's.
+fn absolute_source(from: &str) -> Result<String, Failure> {
+    let scheme = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
+    let is_url = from.split_once("://").is_some_and(|(prefix, _)| !prefix.is_empty() && scheme(prefix));
+    if is_url || from.starts_with("volume:") || from.starts_with("image:") {
+        return Ok(from.to_owned());
+    }
+    let path =
+        std::path::absolute(from).map_err(|source| Failure::Io { what: format!("{from:?}"), source })?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|_| Failure::Usage(format!("{from:?} lies in a directory whose name is not UTF-8")))
+}
+
+fn table(images: &[Image]) -> String {
+    output::listing(
+        ["NAME", "STATE", "FORMAT", "SIZE", "ALLOCATED", "CREATED", ""],
+        images.iter().map(|image| {
+            [
+                image.name.clone(),
+                output::word(image.state),
+                image.format.map_or_else(|| "-".to_owned(), output::word),
+                output::bytes(image.virtual_size_bytes),
+                output::bytes(Some(image.allocated_bytes)),
+                output::time(image.created_at),
+                remark(image),
+            ]
+        }),
+    )
+}
+
+/// Why it is not ready, or how far it is.
+fn remark(image: &Image) -> String {
+    let copies = || image.copies.iter();
+    let message = copies().find_map(|copy| copy.message.as_deref().map(output::shortened));
+    message.or_else(|| copies().find_map(|copy| copy.progress.as_ref()).map(progress)).unwrap_or_default()
+}
+
+fn progress(progress: &Progress) -> String {
+    let phase = output::word(progress.phase);
+    if let Some(error) = progress.last_error.as_deref().filter(|_| progress.next_retry_at.is_some()) {
+        return format!("attempt {} failed: {}", progress.attempt, output::shortened(error));
+    }
+    match progress.total_bytes {
+        Some(total) if total > 0 => {
+            format!(
+                "{phase}, {} % of {}",
+                progress.done_bytes.saturating_mul(100) / total,
+                super::size::show(total)
+            )
+        }
+        Some(_) | None => format!("{phase}, {}", super::size::show(progress.done_bytes)),
+    }
+}
+
+fn details(image: &Image) -> String {
+    let mut rows = vec![
+        ("name", image.name.clone()),
+        ("uuid", output::text(image.uuid)),
+        ("state", output::word(image.state)),
+        ("format", image.format.map_or_else(|| "-".to_owned(), output::word)),
+        ("size", output::exact_bytes(image.size_bytes)),
+        ("virtual size", output::exact_bytes(image.virtual_size_bytes)),
+        ("allocated", output::exact_bytes(Some(image.allocated_bytes))),
+        ("sha512", output::text(image.sha512.as_ref())),
+        ("source", image.source.clone()),
+        ("created", output::time(image.created_at)),
+    ];
+    for copy in &image.copies {
+        rows.push(("copy on", format!("{} ({})", copy.disk, output::word(copy.state))));
+        if let Some(at) = &copy.progress {
+            rows.push(("", progress(at)));
+        }
+        if let Some(message) = &copy.message {
+            rows.push(("", message.clone()));
+        }
+    }
+    output::properties(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_paths_are_made_absolute() {
+        for source in ["http://h/a", "s3://b/k", "volume:v@s", "image:a", "/a/b"] {
+            assert_eq!(absolute_source(source).unwrap(), source);
+        }
+        let here = std::env::current_dir().unwrap();
+        for (from, path) in [("a.raw", "a.raw"), ("./volume:v", "volume:v"), ("a b://c", "a b:/c")] {
+            assert_eq!(absolute_source(from).unwrap(), here.join(path).display().to_string());
+        }
+    }
+}

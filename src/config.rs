@@ -1,0 +1,365 @@
+//! The configuration of a node: file, then environment, then flags.
+//!
+//! Owns [`Config`], what a node runs with; [`Settings`], one layer of it as it was given; and the file's reading, which
+//! refuses unknown keys by name. The environment and the flags arrive as one layer, because the command line parser
+//! lets a flag win over its variable. Everything is checked here, before anything is opened: past this file a
+//! configuration is sound, and its paths are absolute.
+
+use std::{
+    fs, io,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
+
+use bedplate_fuse::{Mode, Sharing};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use crate::telemetry::{self, LogFormat};
+
+/// Read when it exists and no other file is named.
+pub const CONFIG_FILE_DEFAULT: &str = "/etc/bedplate/bedplate.toml";
+const STATE_DEFAULT: &str = "/var/lib/bedplate";
+const SOCKET_NAME: &str = "bedplate.sock";
+/// How alike an unknown key and a known one must be for a suggestion.
+const SUGGESTION_LIKENESS_MIN: f64 = 0.7;
+/// Image jobs that run at once.
+pub const IMAGE_JOBS_MAX: usize = 64;
+
+/// One layer: what the file, or the environment and the flags, say. A field is a key of the file.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Settings {
+    /// Directory for what the node keeps beside its disks [default: /var/lib/bedplate]
+    #[arg(long, value_name = "DIR", env = "BEDPLATE_STATE")]
+    pub state: Option<PathBuf>,
+    /// Directory on a local file system that holds images and volumes; may be repeated [default: STATE/disk]
+    ///
+    /// In the environment several are separated by colons; in the file the key is `disks`, a list.
+    #[arg(long = "disk", value_name = "DIR", env = "BEDPLATE_DISKS", value_delimiter = ':')]
+    pub disks: Option<Vec<PathBuf>>,
+    /// Directory to mount on, for images/NAME and volumes/NAME [default: STATE/mount]
+    #[arg(long, value_name = "DIR", env = "BEDPLATE_MOUNT")]
+    pub mount: Option<PathBuf>,
+    /// Permission bits of volume files, octal; image files have them without the write bits [default: 0600]
+    #[arg(long, value_name = "MODE", env = "BEDPLATE_MOUNT_MODE")]
+    pub mount_mode: Option<String>,
+    /// Let users other than the node's into the mount, as far as the mode allows
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL",
+          env = "BEDPLATE_ALLOW_OTHER")]
+    pub allow_other: Option<bool>,
+    /// Threads that serve the mount [default: 16]
+    #[arg(long, value_name = "COUNT", env = "BEDPLATE_THREADS")]
+    pub threads: Option<NonZeroUsize>,
+    /// Images that are fetched or verified at once; others wait [default: 4]
+    #[arg(long, value_name = "COUNT", env = "BEDPLATE_IMAGE_JOBS")]
+    pub image_jobs: Option<NonZeroUsize>,
+    /// What to log: error, warn, info, debug, trace, or directives such as info,bedplate::api=debug [default: info]
+    #[arg(long, value_name = "FILTER", env = "BEDPLATE_LOG")]
+    pub log: Option<String>,
+    /// How a line of the log looks [default: text]
+    #[arg(long, value_name = "FORMAT", env = "BEDPLATE_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Given on the command line for every command, so no flag of this group.
+    #[arg(skip)]
+    pub socket: Option<PathBuf>,
+}
+
+/// The keys of the file.
+const KEYS: [&str; 10] = [
+    "state",
+    "disks",
+    "mount",
+    "mount_mode",
+    "allow_other",
+    "threads",
+    "image_jobs",
+    "log",
+    "log_format",
+    "socket",
+];
+
+/// What a node runs with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub state: PathBuf,
+    pub disks: Vec<PathBuf>,
+    pub mount: PathBuf,
+    pub socket: PathBuf,
+    pub mount_mode: Mode,
+    pub sharing: Sharing,
+    pub threads: NonZeroUsize,
+    pub image_jobs: NonZeroUsize,
+    pub log: String,
+    pub log_format: LogFormat,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: {message}", path.display())]
+    Syntax { path: PathBuf, message: String },
+    #[error("{}: unknown key {key:?}; {}", path.display(), advice(suggestion.as_deref()))]
+    UnknownKey { path: PathBuf, key: String, suggestion: Option<&'static str> },
+    #[error("{key} = {value:?}: {reason}")]
+    Value { key: &'static str, value: String, reason: String },
+}
+
+fn advice(suggestion: Option<&str>) -> String {
+    match suggestion {
+        Some(key) => format!("did you mean {key:?}?"),
+        None => format!("the keys are {}", KEYS.join(", ")),
+    }
+}
+
+/// Where the command line finds the node when nobody says.
+pub fn default_socket() -> PathBuf {
+    Path::new(STATE_DEFAULT).join(SOCKET_NAME)
+}
+
+impl Settings {
+    /// The layer in a file.
+    pub fn from_file(path: &Path) -> Result<Settings, ConfigError> {
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Settings::parse(&text, path)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
+        let syntax = |error: toml::de::Error| ConfigError::Syntax {
+            path: path.to_owned(),
+            message: one_line(text, &error),
+        };
+        let table: toml::Table = toml::from_str(text).map_err(syntax)?;
+        if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            let likeness = |known: &str| strsim::jaro_winkler(key, known);
+            let suggestion = KEYS
+                .into_iter()
+                .filter(|known| likeness(known) >= SUGGESTION_LIKENESS_MIN)
+                .max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+            return Err(ConfigError::UnknownKey { path: path.to_owned(), key: key.clone(), suggestion });
+        }
+        toml::from_str(text).map_err(syntax)
+    }
+
+    /// This layer, and `below` where it is silent.
+    pub fn over(self, below: Settings) -> Settings {
+        Settings {
+            state: self.state.or(below.state),
+            disks: self.disks.or(below.disks),
+            mount: self.mount.or(below.mount),
+            mount_mode: self.mount_mode.or(below.mount_mode),
+            allow_other: self.allow_other.or(below.allow_other),
+            threads: self.threads.or(below.threads),
+            image_jobs: self.image_jobs.or(below.image_jobs),
+            log: self.log.or(below.log),
+            log_format: self.log_format.or(below.log_format),
+            socket: self.socket.or(below.socket),
+        }
+    }
+
+    /// The configuration of these settings over those of `file`, or of the default file where there is one.
+    pub fn load(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        let below = match file {
+            Some(path) => Settings::from_file(path)?,
+            None if Path::new(CONFIG_FILE_DEFAULT).exists() => {
+                Settings::from_file(Path::new(CONFIG_FILE_DEFAULT))?
+            }
+            None => Settings::default(),
+        };
+        self.over(below).finish()
+    }
+
+    /// Fill in the defaults and check everything.
+    pub fn finish(self) -> Result<Config, ConfigError> {
+        let state = absolute("state", self.state.unwrap_or_else(|| STATE_DEFAULT.into()))?;
+        let disks = self.disks.unwrap_or_else(|| vec![state.join("disk")]);
+        let disks = disks.into_iter().map(|disk| absolute("disks", disk)).collect::<Result<Vec<_>, _>>()?;
+        let mount = absolute("mount", self.mount.unwrap_or_else(|| state.join("mount")))?;
+        let socket = absolute("socket", self.socket.unwrap_or_else(|| state.join(SOCKET_NAME)))?;
+        check_places(&disks, &mount, &socket)?;
+
+        let mode = self.mount_mode.unwrap_or_else(|| "0600".to_owned());
+        let mount_mode = u16::from_str_radix(&mode, 8).ok().and_then(Mode::new).ok_or_else(|| {
+            let reason = "not permission bits in octal, such as 0600 or 0660".to_owned();
+            ConfigError::Value { key: "mount_mode", value: mode, reason }
+        })?;
+        let threads = at_most("threads", self.threads, 16, bedplate_fuse::THREADS_MAX)?;
+        let image_jobs = at_most("image_jobs", self.image_jobs, 4, IMAGE_JOBS_MAX)?;
+        let log = self.log.unwrap_or_else(|| "info".to_owned());
+        telemetry::check_filter(&log).map_err(|reason| ConfigError::Value {
+            key: "log",
+            value: log.clone(),
+            reason,
+        })?;
+        let sharing = match self.allow_other {
+            Some(true) => Sharing::Others,
+            Some(false) | None => Sharing::Owner,
+        };
+        let log_format = self.log_format.unwrap_or_default();
+        Ok(Config { state, disks, mount, socket, mount_mode, sharing, threads, image_jobs, log, log_format })
+    }
+}
+
+impl Config {
+    /// As a file that gives this configuration.
+    pub fn to_toml(&self) -> String {
+        #[derive(Serialize)]
+        struct File<'a> {
+            state: &'a Path,
+            disks: &'a [PathBuf],
+            mount: &'a Path,
+            socket: &'a Path,
+            mount_mode: String,
+            allow_other: bool,
+            threads: NonZeroUsize,
+            image_jobs: NonZeroUsize,
+            log: &'a str,
+            log_format: LogFormat,
+        }
+        let file = File {
+            state: &self.state,
+            disks: &self.disks,
+            mount: &self.mount,
+            socket: &self.socket,
+            mount_mode: format!("{:04o}", self.mount_mode.bits()),
+            allow_other: matches!(self.sharing, Sharing::Others),
+            threads: self.threads,
+            image_jobs: self.image_jobs,
+            log: &self.log,
+            log_format: self.log_format,
+        };
+        // Only a path that is not UTF-8 cannot be written; it is said instead.
+        toml::to_string(&file).unwrap_or_else(|error| format!("# cannot be written as a file: {error}\n"))
+    }
+}
+
+/// Without resolving links: a disk may not be there yet.
+fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
+    std::path::absolute(&path).map_err(|error| ConfigError::Value {
+        key,
+        value: path.display().to_string(),
+        reason: error.to_string(),
+    })
+}
+
+/// Refuse directories that would hide or hold one another.
+fn check_places(disks: &[PathBuf], mount: &Path, socket: &Path) -> Result<(), ConfigError> {
+    let refuse = |key, path: &Path, reason: String| {
+        Err(ConfigError::Value { key, value: path.display().to_string(), reason })
+    };
+    if disks.is_empty() {
+        return refuse("disks", Path::new(""), "a node needs at least one disk".to_owned());
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        if disks.iter().take(index).any(|other| other == disk) {
+            return refuse("disks", disk, "named twice".to_owned());
+        }
+        if mount.starts_with(disk) || disk.starts_with(mount) {
+            return refuse("mount", mount, format!("must lie apart from the disk {}", disk.display()));
+        }
+    }
+    if socket.starts_with(mount) {
+        return refuse("socket", socket, format!("must not lie under the mount {}", mount.display()));
+    }
+    Ok(())
+}
+
+fn at_most(
+    key: &'static str,
+    value: Option<NonZeroUsize>,
+    default: usize,
+    max: usize,
+) -> Result<NonZeroUsize, ConfigError> {
+    let value = value.or(NonZeroUsize::new(default)).unwrap_or(NonZeroUsize::MIN);
+    if value.get() > max {
+        return Err(ConfigError::Value { key, value: value.to_string(), reason: format!("at most {max}") });
+    }
+    Ok(value)
+}
+
+/// What the parser found wrong, with its line, on one line.
+fn one_line(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().replace('\n', ", ");
+    match error.span() {
+        Some(span) => {
+            let line = text.get(..span.start).unwrap_or("").matches('\n').count() + 1;
+            format!("line {line}: {message}")
+        }
+        None => message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Settings, ConfigError> {
+        Settings::parse(text, Path::new("c.toml"))
+    }
+
+    #[test]
+    fn the_file_is_under_the_flags_and_over_the_defaults() {
+        let file = parse("state = '/s'\nthreads = 8\ndisks = ['/a', '/b']\nallow_other = true").unwrap();
+        let flags = Settings { threads: NonZeroUsize::new(3), ..Settings::default() };
+        let config = flags.over(file).finish().unwrap();
+        assert_eq!(config.threads.get(), 3);
+        assert_eq!(config.disks, [PathBuf::from("/a"), PathBuf::from("/b")]);
+        assert_eq!(config.mount, Path::new("/s/mount"));
+        assert_eq!(config.socket, Path::new("/s/bedplate.sock"));
+        assert_eq!(config.mount_mode.bits(), 0o600);
+        assert!(matches!(config.sharing, Sharing::Others));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() {
+        let error = parse("state = '/s'\ndisk = ['/a']").unwrap_err();
+        assert_eq!(error.to_string(), "c.toml: unknown key \"disk\"; did you mean \"disks\"?");
+        let error = parse("colour = 1").unwrap_err();
+        assert!(matches!(&error, ConfigError::UnknownKey { suggestion: None, .. }), "{error}");
+        assert!(error.to_string().contains("mount_mode"));
+    }
+
+    #[test]
+    fn every_field_is_a_known_key() {
+        let text = "state='/s'\ndisks=['/d']\nmount='/m'\nmount_mode='0660'\nallow_other=false\nthreads=1\n\
+                    image_jobs=2\nlog='debug'\nlog_format='json'\nsocket='/k'";
+        let settings = parse(text).unwrap();
+        assert_eq!(toml::from_str::<toml::Table>(text).unwrap().len(), KEYS.len());
+        let config = settings.finish().unwrap();
+        assert_eq!(parse(&config.to_toml()).unwrap().finish().unwrap(), config);
+    }
+
+    #[test]
+    fn a_wrong_type_or_syntax_is_refused_with_its_line() {
+        for text in
+            ["state = '/s'\nthreads = 'many'", "state = '/s'\nthreads = ", "state = '/s'\nthreads = 0"]
+        {
+            let message = parse(text).unwrap_err().to_string();
+            assert!(message.starts_with("c.toml: line 2: ") && !message.contains('\n'), "{message}");
+        }
+    }
+
+    #[test]
+    fn values_that_cannot_work_are_refused_by_their_key() {
+        let table: [(&str, &str); 9] = [
+            ("mount_mode = '4755'", "mount_mode"),
+            ("mount_mode = 'rw'", "mount_mode"),
+            ("threads = 1000", "threads"),
+            ("image_jobs = 1000", "image_jobs"),
+            ("log = 'a=b=c'", "log"),
+            ("disks = []", "disks"),
+            ("disks = ['/a', '/a']", "disks"),
+            ("disks = ['/a']\nmount = '/a/m'", "mount"),
+            ("mount = '/m'\nsocket = '/m/s'", "socket"),
+        ];
+        for (text, wrong) in table {
+            match parse(text).unwrap().finish() {
+                Err(ConfigError::Value { key, .. }) => assert_eq!(key, wrong, "{text}"),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! The two jobs of an image: its arrival, and reading it back from the medium.
+//!
+//! Owns the order of steps around prep: record says *in progress*, bytes arrive and are verified, the file gets its
+//! name, the record says *ready*; and what a failure leaves behind. A job ends by [`Service::ended`], whatever happens
+//! in it. Upholds the service's part of invariants 5 and 9.
+
+use std::{sync::Arc, time::Duration};
+
+use bedplate_engine::error::Error as Storage;
+use uuid::Uuid;
+
+use super::{
+    info::Error,
+    origin::From as Origin,
+    service::Service,
+    table::{Job, JobKind},
+};
+use crate::{
+    catalog::{
+        record::{FailureCode, FailureRecord, Format, IMAGE_SIZE_MAX, ImageRecord, Published, RecordState},
+        store::{IMAGE, ImageDir, PARTIAL_DATA, PARTIAL_RECORD, stamp},
+    },
+    directory::Open,
+    prep::{
+        arrival::{Arrived, Spec, arrive},
+        checksum::Expected,
+        clone::{Original, clone},
+        failure::{Failure, Result},
+        partial::PartialNames,
+        probe::Content,
+        progress::{Meter, Phase},
+        source::{device::DeviceSource, file::FileSource, http::HttpSource},
+        stop::Stop,
+        verify::verify,
+    },
+};
+
+const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+
+/// What a job does.
+pub(super) enum Work {
+    Arrival(Origin),
+    Verification,
+}
+
+impl Service {
+    /// Begin a job of an image that has none. Returns once it is entered; it runs when it is its turn.
+    pub(super) fn start(self: &Arc<Self>, uuid: Uuid, work: Work) {
+        let kind = match work {
+            Work::Arrival(_) => JobKind::Arrival,
+            Work::Verification => JobKind::Verification,
+        };
+        let job = {
+            let mut table = self.lock();
+            let closing = table.closing;
+            let Some(image) = table.by_uuid(uuid).filter(|image| image.job.is_none() && !closing) else {
+                return;
+            };
+            // What a user allows for an arrival says nothing about reading it back.
+            let asked = image.record.deadline_s.filter(|_| kind == JobKind::Arrival);
+            let limit = asked.map_or(self.settings.deadline, Duration::from_secs);
+            let job = Job { kind, meter: Arc::new(Meter::default()), stop: Arc::new(Stop::after(limit)) };
+            image.job = Some(job.clone());
+            job
+        };
+        let service = self.clone();
+        self.runtime.spawn(async move {
+            let turn = tokio::select! {
+                turn = service.turns.clone().acquire_owned() => turn.ok(),
+                () = job.stop.fired() => None,
+            };
+            let (worker, its_job) = (service.clone(), job.clone());
+            let work = tokio::task::spawn_blocking(move || {
+                // Without a turn it was told to end while it waited.
+                its_job.stop.check()?;
+                worker.run(uuid, work, &its_job)
+            });
+            let outcome = work.await.unwrap_or_else(|_| {
+                Err(Failure::Source("the job ended unexpectedly; see the log".to_owned()))
+            });
+            drop(turn);
+            let (service, ending) = (service.clone(), job);
+            // A join error here would mean that recording panicked; then the record still says what was before.
+            let _ = tokio::task::spawn_blocking(move || service.ended(uuid, &ending, outcome)).await;
+        });
+    }
+
+    fn run(self: &Arc<Self>, uuid: Uuid, work: Work, job: &Job) -> Result<Published> {
+        let (record, dir) = self.look_up(uuid)?;
+        match work {
+            Work::Arrival(origin) => self.arrival(record, &dir, origin, job),
+            Work::Verification => verification(&record, &dir, job),
+        }
+    }
+
+    fn arrival(
+        self: &Arc<Self>,
+        mut record: ImageRecord,
+        dir: &ImageDir,
+        origin: Origin,
+        job: &Job,
+    ) -> Result<Published> {
+        if dir.has_image()? {
+            // Published by a run that did not live to record it. Its hash is kept, so this costs nothing.
+            dir.unpublish_file()?;
+        }
+        record.state = RecordState::InProgress;
+        self.record(&record, dir)?;
+        let expected = match &record.expected {
+            Some(text) => Some(Expected::parse(text).map_err(Failure::Unsupported)?),
+            None => None,
+        };
+        let spec = Spec {
+            dir: dir.directory().clone(),
+            names: NAMES,
+            expected,
+            size_max: IMAGE_SIZE_MAX,
+            sync_bytes: self.settings.sync_bytes,
+            sync_interval: self.settings.sync_interval,
+            meter: job.meter.clone(),
+            stop: job.stop.clone(),
+        };
+        let arrived = self.fetch(spec, origin)?;
+        job.meter.enter(Phase::Publishing);
+        job.stop.check()?;
+        let stamp = dir.publish_file(&arrived.file)?;
+        if stamp.size_bytes != arrived.size_bytes {
+            let (is, was) = (stamp.size_bytes, arrived.size_bytes);
+            return Err(Failure::Corrupt(format!("the file has {is} bytes after {was} had arrived")));
+        }
+        let format = match arrived.content {
+            Content::Raw => Format::Raw,
+        };
+        let published = Published { format, sha512: arrived.sums.sha512, stamp };
+        record.state = RecordState::Ready(published.clone());
+        self.record(&record, dir)?;
+        dir.discard_partial()?;
+        Ok(published)
+    }
+
+    fn fetch(self: &Arc<Self>, spec: Spec, origin: Origin) -> Result<Arrived> {
+        match origin {
+            Origin::Path(path) => arrive(&spec, &mut FileSource::new(&path)),
+            Origin::Http(origin) => {
+                let settings = self.settings.http.clone();
+                arrive(&spec, &mut HttpSource::new(origin, settings, self.runtime.clone()))
+            }
+            Origin::Volume { name, snapshot } => {
+                let view = self.host.volume_view(&name, snapshot.as_deref()).map_err(Failure::Source)?;
+                arrive(&spec, &mut DeviceSource::new(view))
+            }
+            Origin::Image(name) => self.fetch_image(spec, &name),
+        }
+    }
+
+    /// A clone: whatever the user expects of it, it must also be what its original was.
+    fn fetch_image(self: &Arc<Self>, mut spec: Spec, name: &str) -> Result<Arrived> {
+        let source = |e: Error| Failure::Source(e.to_string());
+        let (file, published, path) = self.open_ready(name).map_err(source)?;
+        let theirs = Expected::Sha512(published.sha512.clone());
+        if let Some(Expected::Sha512(wanted)) = spec.expected.as_ref().filter(|wanted| **wanted != theirs) {
+            return Err(Failure::Checksum { expected: wanted.clone(), actual: published.sha512 });
+        }
+        let asked = spec.expected.get_or_insert_with(|| theirs.clone()).clone();
+        let content = match published.format {
+            Format::Raw => Content::Raw,
+        };
+        let original = Original { file, path, size_bytes: published.stamp.size_bytes, content };
+        match clone(&spec, original) {
+            Ok(arrived) if arrived.sums.sha512 == published.sha512 => return Ok(arrived),
+            Ok(_) => {}
+            Err(Failure::Checksum { .. }) if asked == theirs => {}
+            Err(e) => return Err(e),
+        }
+        self.doubt(name, "a clone of it had other bytes");
+        Err(Failure::Corrupt(format!(
+            "image {name:?} does not read as the bytes that were verified; it is verified again"
+        )))
+    }
+
+    /// Enter the end of a job.
+    fn ended(self: &Arc<Self>, uuid: Uuid, job: &Job, outcome: Result<Published>) {
+        let Ok((mut record, dir)) = self.look_up(uuid) else { return };
+        let before = record.state.clone();
+        let discard = outcome.as_ref().err().is_some_and(|failure| !failure.keeps_partial());
+        let mut doubt = None;
+        match (outcome, job.kind) {
+            (Ok(published), kind) => {
+                let size_bytes = published.stamp.size_bytes;
+                tracing::info!(image = %record.name, ?kind, size_bytes, sha512 = published.sha512, "ready");
+                record.state = RecordState::Ready(published);
+            }
+            // It goes on at the next start.
+            (Err(Failure::Stopped), JobKind::Arrival) => {}
+            (
+                Err(failure @ (Failure::Stopped | Failure::Cancelled | Failure::TimedOut(_))),
+                JobKind::Verification,
+            ) => {
+                // It says nothing about the bytes: what was in doubt stays so, what was not, is not.
+                doubt = self
+                    .doubt_of(uuid)
+                    .map(|_| format!("its verification ended early: {failure}; verify it again"));
+            }
+            (Err(failure), kind) => {
+                let published = record.published().cloned().filter(|_| kind == JobKind::Verification);
+                tracing::warn!(image = %record.name, %failure, "the job failed");
+                record.state = RecordState::Failed { failure: failure_record(&failure), published };
+            }
+        }
+        // The record first: a crash in between leaves bytes that the next start clears away.
+        if record.state != before
+            && let Err(error) = self.record(&record, &dir)
+        {
+            tracing::error!(image = %record.name, %error, "the end of the job is not recorded");
+        }
+        if discard
+            && job.kind == JobKind::Arrival
+            && let Err(error) = dir.discard_partial()
+        {
+            tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
+        }
+        let mut table = self.lock();
+        if let Some(image) = table.by_uuid(uuid) {
+            image.record = record;
+            image.doubt = doubt;
+            image.job = None;
+        }
+        drop(table);
+        self.notify();
+    }
+}
+
+/// Read a published file back from the medium.
+fn verification(record: &ImageRecord, dir: &ImageDir, job: &Job) -> Result<Published> {
+    let Some(published) = record.published().cloned() else {
+        return Err(Failure::Corrupt("there is nothing to verify".to_owned()));
+    };
+    let path = dir.image_path();
+    let file = dir.open_image(Open::Read)?;
+    let before = stamp(&file, &path)?;
+    let size = published.stamp.size_bytes;
+    let sums = verify(dir.directory(), IMAGE, size, None, &job.meter, &job.stop)?;
+    if sums.sha512 != published.sha512 {
+        return Err(Failure::Corrupt(format!(
+            "{} has the SHA-512 {} where {} was verified before",
+            path.display(),
+            sums.sha512,
+            published.sha512
+        )));
+    }
+    if stamp(&file, &path)? != before {
+        return Err(Failure::Corrupt(format!("{} changed while it was verified", path.display())));
+    }
+    Ok(Published { stamp: before, ..published })
+}
+
+fn failure_record(failure: &Failure) -> FailureRecord {
+    let code = match failure {
+        Failure::Checksum { .. } => FailureCode::Checksum,
+        Failure::Corrupt(_) | Failure::Storage(Storage::Corrupt { .. }) => FailureCode::Corrupt,
+        Failure::NoSpace { .. } | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
+        Failure::Unsupported(_) => FailureCode::Unsupported,
+        // A stopped job is not recorded as failed.
+        Failure::Source(_) | Failure::Stopped => FailureCode::Source,
+        Failure::TimedOut(_) => FailureCode::TimedOut,
+        Failure::Cancelled => FailureCode::Cancelled,
+        Failure::Storage(_) => FailureCode::Storage,
+    };
+    FailureRecord { code, message: failure.to_string() }
+}

@@ -1,0 +1,290 @@
+//! The image service of a node: where the catalog (records) and prep (jobs) are wired together.
+//!
+//! Owns [`Images`], the calls that the API and the rest of the node make. A call that changes something has happened on
+//! disk when it returns, except for the jobs that it starts, which [`Images::wait`] waits for. Which image may be
+//! deleted is decided here, with the word of the [`Host`] and of [`ImageHold`]s. Serving and volumes live elsewhere.
+
+mod info;
+mod job;
+mod origin;
+mod remove;
+mod service;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs::File,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use bedplate_engine::{device::BlockDevice, error::Error as Storage};
+use jiff::Timestamp;
+use tokio::{runtime::Handle, time::Instant};
+use uuid::Uuid;
+
+use crate::{
+    catalog::{
+        device::RawImage,
+        name::ImageName,
+        record::{ImageRecord, RecordState},
+        store::ImageStore,
+    },
+    prep::checksum::Expected,
+};
+pub use crate::{
+    catalog::{
+        record::{FailureCode, FailureRecord, Format},
+        store::DiskDir,
+    },
+    prep::{
+        progress::{Phase, Progress},
+        source::http::HttpSettings,
+    },
+};
+pub use info::{BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings};
+use job::Work;
+use origin::From as Origin;
+pub use remove::ImageHold;
+use service::Service;
+use table::{Described, Entry, Image, JobKind};
+pub use table::{IMAGES_MAX, JOBS_MAX};
+
+/// The service; cheap to clone. Methods that are not `async` block for a few small disk operations, and those that wait
+/// for a job to end, say so: call them where blocking is allowed.
+#[derive(Clone)]
+pub struct Images(Arc<Service>);
+
+impl Images {
+    /// Read the records of all disks, go on with what was unfinished, verify what changed. A disk whose images cannot
+    /// be listed is left out and logged. `runtime` carries jobs and network.
+    pub fn open(disks: Vec<DiskDir>, settings: Settings, host: Arc<dyn Host>, runtime: Handle) -> Images {
+        Images(Service::open(disks, settings, host, runtime))
+    }
+
+    /// Begin an image; returns with the image *pending*. Creating one again that failed, from the same source, goes on
+    /// with what is kept of it.
+    pub fn create(&self, request: &CreateImage) -> Result<ImageInfo> {
+        let bad_name = |reason| Error::Name { name: request.name.clone(), reason };
+        let name = ImageName::parse(&request.name).map_err(bad_name)?;
+        let expected =
+            request.checksum.as_deref().map(Expected::parse).transpose().map_err(Error::Invalid)?;
+        let origin = Origin::parse(&request.from).map_err(Error::Invalid)?;
+        self.check_origin(&origin)?;
+        let service = &self.0;
+        let _naming = service.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = self.check_free(name.as_str(), &origin)?;
+        let record = ImageRecord {
+            name,
+            uuid: failed.as_ref().map_or_else(Uuid::new_v4, |(old, ..)| old.uuid),
+            created_at: Timestamp::now(),
+            source: origin.for_record(),
+            expected: expected.as_ref().map(Expected::to_string),
+            deadline_s: request.deadline.map(|deadline| deadline.as_secs().max(1)),
+            state: RecordState::Pending,
+        };
+        let (dir, store) = match failed {
+            Some((_, dir, store)) => {
+                dir.write_record(&record)?;
+                (dir, store)
+            }
+            None => {
+                let store = self.place(request.disk)?;
+                (store.create(&record)?, store)
+            }
+        };
+        let uuid = record.uuid;
+        let name = record.name.to_string();
+        let image = Image { record, dir, store, doubt: None, job: None, deleting: false, holds: Vec::new() };
+        service.lock().entries.insert(name.clone(), Entry::Image(Box::new(image)));
+        service.start(uuid, Work::Arrival(origin));
+        self.get(&name)
+    }
+
+    pub fn list(&self) -> Vec<ImageInfo> {
+        let described: Vec<Described> =
+            self.0.lock().entries.iter().map(|(name, entry)| Described::new(name, entry)).collect();
+        described.into_iter().map(Described::complete).collect()
+    }
+
+    /// By name or uuid.
+    pub fn get(&self, name: &str) -> Result<ImageInfo> {
+        let described = {
+            let table = self.0.lock();
+            let (name, entry) = table.find(name)?;
+            Described::new(name, entry)
+        };
+        Ok(described.complete())
+    }
+
+    /// Start to read it back from the medium; [`Images::wait`] gives the result. It is served meanwhile, unless it is
+    /// in doubt or failed.
+    pub fn verify(&self, name: &str) -> Result<ImageInfo> {
+        let (name, uuid) = {
+            let table = self.0.lock();
+            let (name, image) = table.image(name)?;
+            let refused =
+                |state: &str| Err(Error::NotReady { name: name.to_owned(), state: state.to_owned() });
+            match (&image.record.state, &image.job) {
+                _ if table.closing => return Err(Error::ShuttingDown),
+                _ if image.deleting => return refused("being deleted"),
+                (_, Some(job)) if job.kind == JobKind::Verification => {}
+                (_, Some(_)) | (RecordState::Pending | RecordState::InProgress, None) => {
+                    return refused("still in progress; wait for it");
+                }
+                (RecordState::Failed { failure, published: None }, None) => {
+                    return Err(Error::Failed { name: name.to_owned(), failure: failure.clone() });
+                }
+                (RecordState::Ready(_) | RecordState::Failed { published: Some(_), .. }, None) => {
+                    self.check_room_for_job(table.jobs_count())?;
+                }
+            }
+            (name.to_owned(), image.record.uuid)
+        };
+        self.0.start(uuid, Work::Verification);
+        self.get(&name)
+    }
+
+    /// Until no job is at it. Then it is ready, or the answer is [`Error::Failed`] or [`Error::NotReady`];
+    /// [`Error::TimedOut`] when that takes longer than `timeout`.
+    pub async fn wait(&self, name: &str, timeout: Duration) -> Result<ImageInfo> {
+        let deadline = Instant::now().checked_add(timeout);
+        let mut bell = self.0.listen();
+        loop {
+            bell.borrow_and_update();
+            let info = {
+                let table = self.0.lock();
+                let (name, image) = table.image(name)?;
+                if image.job.is_none() && !image.deleting {
+                    image.ready(name)?;
+                    Some(Described::new(name, table.find(name)?.1))
+                } else if table.closing {
+                    return Err(Error::ShuttingDown);
+                } else {
+                    None
+                }
+            };
+            if let Some(info) = info {
+                return Ok(info.complete());
+            }
+            let timed_out = || Error::TimedOut { name: name.to_owned(), after: timeout };
+            match deadline {
+                Some(deadline) => {
+                    let rung = tokio::time::timeout_at(deadline, bell.changed()).await;
+                    rung.map_err(|_| timed_out())?.map_err(|_| Error::ShuttingDown)?;
+                }
+                None => bell.changed().await.map_err(|_| Error::ShuttingDown)?,
+            }
+        }
+    }
+
+    /// A read-only device over a ready image, by name or uuid. It reads on even if the image is deleted.
+    pub fn open_device(&self, name: &str) -> Result<Arc<dyn BlockDevice>> {
+        let (file, published, path) = self.0.open_ready(name)?;
+        match published.format {
+            Format::Raw => Ok(Arc::new(RawImage::new(file, path, &published))),
+        }
+    }
+
+    /// The file of a ready raw image and its length, for passthrough.
+    pub fn raw_file(&self, uuid: Uuid) -> Result<(File, u64)> {
+        let (file, published, _) = self.0.open_ready(&uuid.to_string())?;
+        match published.format {
+            Format::Raw => Ok((file, published.stamp.size_bytes)),
+        }
+    }
+
+    /// Where the engine opens a ready image.
+    pub fn base_path(&self, uuid: Uuid) -> Result<BasePath> {
+        let (_, published, path) = self.0.open_ready(&uuid.to_string())?;
+        let (format, sha512) = (published.format, published.sha512);
+        Ok(BasePath { path, size_bytes: published.stamp.size_bytes, format, sha512 })
+    }
+
+    /// Stop all jobs, keeping what has arrived; they go on at the next open. Whether all had ended by the deadline.
+    pub async fn shutdown(&self, deadline: Duration) -> bool {
+        let deadline = Instant::now() + deadline;
+        let mut bell = self.0.listen();
+        {
+            let mut table = self.0.lock();
+            table.closing = true;
+            table.images().filter_map(|image| image.job.as_ref()).for_each(|job| job.stop.stop());
+        }
+        self.0.notify();
+        loop {
+            bell.borrow_and_update();
+            if self.0.lock().jobs_count() == 0 {
+                return true;
+            }
+            if !matches!(tokio::time::timeout_at(deadline, bell.changed()).await, Ok(Ok(()))) {
+                return false;
+            }
+        }
+    }
+
+    /// What can be told at once, so that nobody has to wait for a job to say it.
+    fn check_origin(&self, origin: &Origin) -> Result<()> {
+        match origin {
+            Origin::Path(path) => {
+                path.metadata().map_err(|e| Storage::io("open", path, e))?;
+                Ok(())
+            }
+            Origin::Image(name) => {
+                let table = self.0.lock();
+                let (name, image) = table.image(name)?;
+                image.ready(name).map(|_| ())
+            }
+            Origin::Http(_) | Origin::Volume { .. } => Ok(()),
+        }
+    }
+
+    /// Refuse a taken name. What is kept under it, when it failed earlier and this is another try.
+    fn check_free(
+        &self,
+        name: &str,
+        origin: &Origin,
+    ) -> Result<Option<(ImageRecord, crate::catalog::store::ImageDir, ImageStore)>> {
+        let table = self.0.lock();
+        if table.closing {
+            return Err(Error::ShuttingDown);
+        }
+        self.check_room_for_job(table.jobs_count())?;
+        match table.entries.get(name) {
+            None if table.entries.len() >= IMAGES_MAX => Err(Error::Busy("IMAGES_MAX")),
+            None => Ok(None),
+            Some(Entry::Image(image)) => match &image.record.state {
+                RecordState::Failed { published: None, .. }
+                    if image.job.is_none()
+                        && !image.deleting
+                        && image.record.name.as_str() == name
+                        && image.record.source == origin.for_record() =>
+                {
+                    Ok(Some((image.record.clone(), image.dir.clone(), image.store.clone())))
+                }
+                RecordState::Failed { .. }
+                | RecordState::Pending
+                | RecordState::InProgress
+                | RecordState::Ready(_) => Err(Error::Exists(name.to_owned())),
+            },
+            Some(Entry::Unreadable { .. }) => Err(Error::Exists(name.to_owned())),
+        }
+    }
+
+    fn check_room_for_job(&self, jobs: usize) -> Result<()> {
+        if jobs >= JOBS_MAX { Err(Error::Busy("JOBS_MAX")) } else { Ok(()) }
+    }
+
+    /// The disk for a new image.
+    fn place(&self, disk: Option<Uuid>) -> Result<ImageStore> {
+        let stores = &self.0.stores;
+        let store = match disk {
+            Some(id) => stores.iter().find(|store| store.disk().id() == id).ok_or(Error::DiskNotFound(id))?,
+            None => stores
+                .iter()
+                .max_by_key(|store| store.disk().free_bytes().unwrap_or(0))
+                .ok_or_else(|| Error::Invalid("this node has no disk that takes images".to_owned()))?,
+        };
+        Ok(store.clone())
+    }
+}

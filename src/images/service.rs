@@ -1,0 +1,247 @@
+//! What the image service is made of, and the steps that its calls and its jobs share.
+//!
+//! Owns [`Service`]: the table, the turns of jobs, the bell that waiters listen to; reading the disks at start, doubt,
+//! and opening a file that must be as it was verified (invariant 5: size, mtime and inode agree at each open, or it is
+//! verified again, from the medium, before it serves).
+
+use std::{
+    fs::File,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+};
+use uuid::Uuid;
+
+use super::{
+    info::{Error, Host, Result, Settings},
+    job::Work,
+    origin::From as Origin,
+    table::{Entry, Image, Table},
+};
+use crate::{
+    catalog::{
+        record::{FailureCode, FailureRecord, ImageRecord, Published, RecordState},
+        store::{DiskDir, Found, ImageDir, ImageStore, stamp},
+    },
+    directory::Open,
+};
+
+pub(super) struct Service {
+    pub settings: Settings,
+    pub host: Arc<dyn Host>,
+    pub runtime: Handle,
+    pub stores: Vec<ImageStore>,
+    table: Mutex<Table>,
+    /// Names are given one at a time, over disk operations, without holding the table.
+    pub naming: Mutex<()>,
+    /// Rung whenever a job ends or an image goes.
+    bell: watch::Sender<u64>,
+    pub turns: Arc<Semaphore>,
+}
+
+impl Service {
+    /// Read the disks. One that cannot be read is left out, and said so; the others are served.
+    pub fn open(
+        disks: Vec<DiskDir>,
+        settings: Settings,
+        host: Arc<dyn Host>,
+        runtime: Handle,
+    ) -> Arc<Service> {
+        let mut table = Table::default();
+        let mut stores = Vec::new();
+        for disk in disks {
+            let (id, path) = (disk.id(), disk.path().to_owned());
+            let scanned = ImageStore::open(disk).and_then(|store| Ok((store.scan()?, store)));
+            match scanned {
+                Ok((found, store)) => {
+                    found.into_iter().for_each(|found| enter(&mut table, &store, found));
+                    stores.push(store);
+                }
+                Err(error) => {
+                    tracing::error!(disk = %id, path = %path.display(), %error, "the images of this disk are not served");
+                }
+            }
+        }
+        let turns = Arc::new(Semaphore::new(settings.jobs_running_max.max(1)));
+        let service = Arc::new(Service {
+            settings,
+            host,
+            runtime,
+            stores,
+            table: Mutex::new(table),
+            naming: Mutex::new(()),
+            bell: watch::Sender::new(0),
+            turns,
+        });
+        service.take_up();
+        service
+    }
+
+    /// Start what was unfinished or is in doubt, and clear away what failures left.
+    fn take_up(self: &Arc<Self>) {
+        let known: Vec<(String, Uuid)> = self
+            .lock()
+            .entries
+            .iter()
+            .filter_map(|(name, entry)| match entry {
+                Entry::Image(image) => Some((name.clone(), image.record.uuid)),
+                Entry::Unreadable { .. } => None,
+            })
+            .collect();
+        for (name, uuid) in known {
+            let Ok((record, dir)) = self.look_up(uuid) else { continue };
+            match &record.state {
+                RecordState::Pending | RecordState::InProgress => match Origin::parse(&record.source) {
+                    Ok(origin) => {
+                        tracing::info!(image = name, "its arrival goes on");
+                        self.start(uuid, Work::Arrival(origin));
+                    }
+                    Err(reason) => self.give_up(uuid, &reason),
+                },
+                RecordState::Ready(published) => {
+                    if let Some(reason) = differs(&dir, published) {
+                        self.doubt(&name, &reason);
+                    }
+                    clear(&name, &dir);
+                }
+                RecordState::Failed { failure, .. } => match failure.code {
+                    FailureCode::Checksum
+                    | FailureCode::Corrupt
+                    | FailureCode::Unsupported
+                    | FailureCode::Cancelled => clear(&name, &dir),
+                    FailureCode::NoSpace
+                    | FailureCode::Source
+                    | FailureCode::TimedOut
+                    | FailureCode::Storage => {}
+                },
+            }
+        }
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn notify(&self) {
+        self.bell.send_modify(|rung| *rung = rung.wrapping_add(1));
+    }
+
+    pub fn listen(&self) -> watch::Receiver<u64> {
+        self.bell.subscribe()
+    }
+
+    /// The record and directory of an image.
+    pub fn look_up(&self, uuid: Uuid) -> Result<(ImageRecord, ImageDir), crate::prep::failure::Failure> {
+        let mut table = self.lock();
+        let image = table.by_uuid(uuid).ok_or(crate::prep::failure::Failure::Cancelled)?;
+        Ok((image.record.clone(), image.dir.clone()))
+    }
+
+    /// Change a record, on disk and then in the table.
+    pub fn record(&self, record: &ImageRecord, dir: &ImageDir) -> Result<(), bedplate_engine::error::Error> {
+        dir.write_record(record)?;
+        if let Some(image) = self.lock().by_uuid(record.uuid) {
+            image.record = record.clone();
+        }
+        Ok(())
+    }
+
+    /// Open the file of a ready image, if it is as it was verified. If not, it is verified again.
+    pub fn open_ready(self: &Arc<Self>, name: &str) -> Result<(File, Published, PathBuf)> {
+        let (name, published, dir) = {
+            let table = self.lock();
+            let (name, image) = table.image(name)?;
+            (name.to_owned(), image.ready(name)?.clone(), image.dir.clone())
+        };
+        let path = dir.image_path();
+        let reason = match dir.open_image(Open::Read) {
+            Ok(file) => {
+                if stamp(&file, &path)? == published.stamp {
+                    return Ok((file, published, path));
+                }
+                CHANGED.to_owned()
+            }
+            Err(e) if e.is_not_found() => "its file is gone".to_owned(),
+            Err(e) => return Err(e.into()),
+        };
+        self.doubt(&name, &reason);
+        Err(Error::NotReady { name, state: format!("unknown ({reason})") })
+    }
+
+    /// Do not serve a ready image until it has been verified again, which begins now.
+    pub fn doubt(self: &Arc<Self>, name: &str, reason: &str) {
+        let uuid = {
+            let mut table = self.lock();
+            let Ok((name, image)) = table.image_mut(name) else { return };
+            if !matches!(image.record.state, RecordState::Ready(_)) {
+                return;
+            }
+            tracing::warn!(image = name, reason, "not served until it is verified again");
+            image.doubt = Some(format!("{reason}; it is verified again"));
+            image.record.uuid
+        };
+        self.start(uuid, Work::Verification);
+    }
+
+    pub fn doubt_of(&self, uuid: Uuid) -> Option<String> {
+        self.lock().by_uuid(uuid)?.doubt.clone()
+    }
+
+    /// An arrival that cannot go on.
+    fn give_up(&self, uuid: Uuid, reason: &str) {
+        let Ok((mut record, dir)) = self.look_up(uuid) else { return };
+        let failure = FailureRecord { code: FailureCode::Source, message: reason.to_owned() };
+        record.state = RecordState::Failed { failure, published: None };
+        if let Err(error) = self.record(&record, &dir) {
+            tracing::error!(image = %record.name, %error, "a failure is not recorded");
+        }
+    }
+}
+
+const CHANGED: &str = "its file's size, time or inode is not what it was";
+
+/// Whether a published file is not what its record says, from outside.
+fn differs(dir: &ImageDir, published: &Published) -> Option<String> {
+    let path = dir.image_path();
+    match dir.open_image(Open::Read).and_then(|file| stamp(&file, &path)) {
+        Ok(found) if found == published.stamp => None,
+        Ok(_) => Some(CHANGED.to_owned()),
+        Err(e) if e.is_not_found() => Some("its file is gone".to_owned()),
+        Err(e) => Some(e.to_string()),
+    }
+}
+
+fn clear(name: &str, dir: &ImageDir) {
+    if let Err(error) = dir.discard_partial() {
+        tracing::warn!(image = name, %error, "what an arrival left behind is not cleared away");
+    }
+}
+
+fn enter(table: &mut Table, store: &ImageStore, found: Found) {
+    match found {
+        Found::Image(record, dir) => {
+            let name = record.name.to_string();
+            let uuid8: String = record.uuid.simple().to_string().chars().take(8).collect();
+            let image = Image {
+                record,
+                dir,
+                store: store.clone(),
+                doubt: None,
+                job: None,
+                deleting: false,
+                holds: Vec::new(),
+            };
+            table.insert(&name, &uuid8, Entry::Image(Box::new(image)));
+        }
+        Found::Unreadable { directory, path, error } => {
+            tracing::error!(path = %path.display(), %error, "an image is not served, as its record cannot be read");
+            let (name, uuid8) = directory.rsplit_once('-').unwrap_or((&directory, "unreadable"));
+            let entry = Entry::Unreadable { disk: store.disk().id(), path, reason: error.to_string() };
+            table.insert(name, uuid8, entry);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Images from files, devices and other images; names, cancelling and deleting.
+
+use std::{
+    os::unix::fs::{FileExt, MetadataExt},
+    sync::Barrier,
+};
+
+use super::{
+    origin::{Answer, Origin, Pace},
+    *,
+};
+use crate::prep::testing::MemoryDevice;
+
+/// A file with a hole, data, a hole and an odd end.
+fn sparse_file(dir: &Path) -> (PathBuf, Vec<u8>) {
+    let path = dir.join("source.raw");
+    let mut content = vec![0; (5 << 20) + 777];
+    content[1 << 20..(1 << 20) + 300_000].copy_from_slice(&noise(300_000, 30));
+    let end = content.len();
+    content[end - 10..].copy_from_slice(&[9; 10]);
+    let file = std::fs::File::create(&path).unwrap();
+    file.write_all_at(&content[1 << 20..(1 << 20) + 300_000], 1 << 20).unwrap();
+    file.write_all_at(&[9; 10], end as u64 - 10).unwrap();
+    (path, content)
+}
+
+#[test]
+fn a_file_comes_in_with_its_holes_and_becomes_read_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, content) = sparse_file(dir.path());
+    let node = Node::new();
+    let info = node.bring("a", path.to_str().unwrap()).unwrap();
+    assert!(node.content("a") == content);
+    assert_eq!(info.sha512, Some(sha512(&content)));
+    assert!(info.allocated_bytes < 400_000, "{}", info.allocated_bytes);
+    assert_eq!(std::fs::metadata(&info.copies[0].path).unwrap().mode() & 0o777, 0o444);
+    assert_eq!(info.source, path.to_str().unwrap());
+
+    let device = node.images.open_device("a").unwrap();
+    assert_eq!(device.geometry().size.0, (content.len() as u64).next_multiple_of(512));
+    let mut sector = [1; 512];
+    device.read_at(&mut sector, device.geometry().size.0 - 512).unwrap();
+    let odd = content.len() % 512;
+    assert!(sector[..odd] == content[content.len() - odd..] && sector[odd..].iter().all(|b| *b == 0));
+    let uuid = info.uuid.unwrap();
+    assert_eq!(node.images.raw_file(uuid).unwrap().1, content.len() as u64);
+    let base = node.images.base_path(uuid).unwrap();
+    assert!(std::fs::read(base.path).unwrap() == content && base.sha512 == sha512(&content));
+    assert_eq!(node.images.get(&uuid.to_string()).unwrap().name, "a");
+}
+
+#[test]
+fn a_volume_comes_in_from_its_view_without_reading_zeros() {
+    let node = Node::new();
+    let mut content = vec![0; 3 << 20];
+    content.extend_from_slice(&noise(3 << 20, 31));
+    node.host.volumes.lock().unwrap().insert("web".to_owned(), Arc::new(MemoryDevice(content.clone())));
+    let info = node.bring("a", "volume:web@monday").unwrap();
+    assert!(node.content("a") == content);
+    assert!(info.allocated_bytes <= (3 << 20) + 8192);
+    assert_eq!(info.source, "volume:web@monday");
+    assert!(failure(node.bring("b", "volume:other")).message.contains("other"));
+}
+
+#[test]
+fn a_clone_is_the_same_image_under_another_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, content) = sparse_file(dir.path());
+    let node = Node::new();
+    let original = node.bring("a", path.to_str().unwrap()).unwrap();
+    let copy = node.bring("b", "image:a").unwrap();
+    assert!(node.content("b") == content);
+    assert_eq!(copy.sha512, original.sha512);
+    assert_ne!(copy.uuid, original.uuid);
+    assert!(copy.allocated_bytes < 400_000);
+    node.delete("a").unwrap();
+    assert!(node.content("b") == content);
+    assert!(matches!(node.create("c", "image:a", None), Err(Error::NotFound(_))));
+    node.create("d", "image:b", Some(&"0".repeat(128))).unwrap();
+    assert_eq!(failure(node.wait("d")).code, FailureCode::Checksum);
+    node.create("e", "image:b", Some(&format!("sha256:{}", hex(&sha2::Sha256::digest(&content))))).unwrap();
+    node.wait("e").unwrap();
+}
+
+#[test]
+fn a_clone_of_damaged_bytes_fails_and_puts_its_original_in_doubt() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = sparse_file(dir.path());
+    let node = Node::new();
+    let info = node.bring("a", path.to_str().unwrap()).unwrap();
+    damage_quietly(&info.copies[0].path);
+    let failed = failure(node.bring("b", "image:a"));
+    assert_eq!(failed.code, FailureCode::Corrupt);
+    assert_eq!(failure(node.wait("a")).code, FailureCode::Corrupt);
+}
+
+/// Change a byte of a file, and nothing that can be seen from outside.
+pub fn damage_quietly(path: &Path) {
+    let times = std::fs::metadata(path).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&[0xaa], (1 << 20) + 5).unwrap();
+    file.set_modified(times.modified().unwrap()).unwrap();
+    file.sync_all().unwrap();
+}
+
+#[test]
+fn formats_that_cannot_be_served_are_refused_before_they_have_arrived() {
+    let mut qcow2 = b"QFI\xfb\0\0\0\x03".to_vec();
+    qcow2.resize(3 << 20, 1);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    std::fs::write(&path, &qcow2).unwrap();
+    let node = Node::new();
+    let failed = failure(node.bring("a", path.to_str().unwrap()));
+    assert_eq!(failed.code, FailureCode::Unsupported);
+    assert!(failed.message.contains("qcow2 images arrive with the next version"));
+    assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
+}
+
+#[test]
+fn what_is_not_a_file_with_bytes_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let empty = dir.path().join("empty");
+    std::fs::write(&empty, b"").unwrap();
+    let node = Node::new();
+    assert_eq!(failure(node.bring("a", empty.to_str().unwrap())).code, FailureCode::Unsupported);
+    assert_eq!(failure(node.bring("b", "/dev/zero")).code, FailureCode::Unsupported);
+    assert_eq!(failure(node.bring("c", dir.path().to_str().unwrap())).code, FailureCode::Unsupported);
+    assert!(matches!(node.create("d", "/no/such/file", None), Err(Error::Storage(e)) if e.is_not_found()));
+    assert!(matches!(node.create("d", "relative", None), Err(Error::Invalid(_))));
+    assert!(matches!(node.create("../d", "/dev/null", None), Err(Error::Name { .. })));
+    assert!(matches!(node.create("d", "/dev/null", Some("12")), Err(Error::Invalid(_))));
+    assert!(matches!(node.images.get("d"), Err(Error::NotFound(_))));
+}
+
+#[test]
+fn of_two_that_want_one_name_one_gets_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = sparse_file(dir.path());
+    let node = Node::new();
+    let barrier = Barrier::new(8);
+    let won: usize = std::thread::scope(|scope| {
+        let racers: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    barrier.wait();
+                    match node.create("a", path.to_str().unwrap(), None) {
+                        Ok(_) => 1,
+                        Err(Error::Exists(_)) => 0,
+                        Err(e) => panic!("{e}"),
+                    }
+                })
+            })
+            .collect();
+        racers.into_iter().map(|racer| racer.join().unwrap()).sum()
+    });
+    assert_eq!(won, 1);
+    node.wait("a").unwrap();
+    assert_eq!(std::fs::read_dir(node.disk.join("images")).unwrap().count(), 1);
+}
+
+fn stalling() -> Origin {
+    let content = noise(4 << 20, 32);
+    Origin::start(move |asked| Answer::file(asked, &content, "\"v1\"").cut(2 << 20).paced(Pace::Stall))
+}
+
+fn begun(node: &Node, origin: &Origin) {
+    node.create("a", &origin.url("/a"), None).unwrap();
+    node.until("a", "the first byte", |info| {
+        info.copies[0].progress.as_ref().is_some_and(|p| p.done_bytes > 0)
+    });
+}
+
+#[test]
+fn a_cancelled_job_fails_as_cancelled_and_leaves_no_bytes() {
+    let (node, origin) = (Node::new(), stalling());
+    begun(&node, &origin);
+    let info = node.cancel("a").unwrap();
+    assert!(matches!(info.state, ImageState::Failed(f) if f.code == FailureCode::Cancelled));
+    assert_eq!(info.allocated_bytes, 0);
+    let good = Origin::file(&noise(1000, 33));
+    // Another source is another image.
+    assert!(matches!(node.create("a", &good.url("/a"), None), Err(Error::Exists(_))));
+    node.delete("a").unwrap();
+    node.bring("a", &good.url("/a")).unwrap();
+    assert!(matches!(node.runtime.block_on(node.images.cancel("a")), Err(Error::NotRunning(_))));
+}
+
+#[test]
+fn deleting_an_image_in_progress_cancels_it_and_frees_its_name() {
+    let (node, origin) = (Node::new(), stalling());
+    begun(&node, &origin);
+    node.delete("a").unwrap();
+    assert!(matches!(node.images.get("a"), Err(Error::NotFound(_))));
+    assert_eq!(std::fs::read_dir(node.disk.join("images")).unwrap().count(), 0);
+    assert!(matches!(node.delete("a"), Err(Error::NotFound(_))));
+}
+
+#[test]
+fn what_is_kept_of_a_failed_download_is_used_when_it_is_created_again() {
+    let content = noise(4 << 20, 34);
+    let (body, well) = (content.clone(), Arc::new(Mutex::new(false)));
+    let cured = well.clone();
+    let origin = Origin::start(move |asked| {
+        let answer = Answer::file(asked, &body, "\"v1\"");
+        let sent = if asked.first() == 0 { 2 << 20 } else { 0 };
+        if *cured.lock().unwrap() { answer } else { answer.cut(sent) }
+    });
+    let node = Node::new();
+    assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::Source);
+    *well.lock().unwrap() = true;
+    let before = origin.seen().len();
+    node.bring("a", &origin.url("/a")).unwrap();
+    assert_eq!(origin.seen()[before].0.first(), 2 << 20);
+    assert!(node.content("a") == content);
+}
+
+#[test]
+fn an_image_in_use_stays_and_the_refusal_names_its_users() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = sparse_file(dir.path());
+    let node = Node::new();
+    let uuid = node.bring("a", path.to_str().unwrap()).unwrap().uuid.unwrap();
+    node.host.users.lock().unwrap().insert(uuid, vec!["volume web1".to_owned(), "volume web2".to_owned()]);
+    let refused = node.delete("a").unwrap_err();
+    assert!(refused.to_string().contains("volume web1, volume web2"), "{refused}");
+    node.host.users.lock().unwrap().clear();
+    let hold = node.images.hold("a", "volume web3, which is being made").unwrap();
+    assert!(matches!(node.delete("a"), Err(Error::InUse { .. })));
+    drop(hold);
+    let device = node.images.open_device("a").unwrap();
+    node.delete("a").unwrap();
+    let mut buffer = [0; 512];
+    device.read_at(&mut buffer, 1 << 20).unwrap();
+    assert!(matches!(node.images.open_device("a"), Err(Error::NotFound(_))));
+}

@@ -1,0 +1,267 @@
+//! What the disk does: it fills up, its bytes change, its records are not ours.
+
+use std::{os::unix::fs::FileExt, process::Command};
+
+use super::{
+    arrivals::damage_quietly,
+    origin::{Answer, Origin},
+    *,
+};
+
+/// A file system of its own, unmounted at the end.
+struct SmallDisk {
+    mount: TempDir,
+    /// The file under a file system that lives on a loop device.
+    backing: Option<TempDir>,
+}
+
+impl SmallDisk {
+    fn tmpfs(size: &str) -> SmallDisk {
+        let disk = SmallDisk { mount: tempfile::tempdir().unwrap(), backing: None };
+        let options = format!("size={size}");
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(disk.path()));
+        disk
+    }
+
+    /// On a file, by way of a loop device that goes with the mount.
+    fn on_file(mkfs: &[&str], size: u64) -> SmallDisk {
+        let backing = tempfile::tempdir().unwrap();
+        let disk = SmallDisk { mount: tempfile::tempdir().unwrap(), backing: Some(backing) };
+        let file = disk.backing_file();
+        std::fs::File::create(&file).unwrap().set_len(size).unwrap();
+        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&file));
+        run(Command::new("mount").args(["-o", "loop"]).arg(&file).arg(disk.path()));
+        disk
+    }
+
+    fn path(&self) -> &Path {
+        self.mount.path()
+    }
+
+    fn backing_file(&self) -> PathBuf {
+        self.backing.as_ref().unwrap().path().join("file-system")
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily, as a failed test may leave files open.
+        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
+    }
+}
+
+/// Tests of disks run as root.
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn ready(node: &Node) -> PathBuf {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("source");
+    std::fs::write(&path, noise(2 << 20, 40)).unwrap();
+    node.bring("a", path.to_str().unwrap()).unwrap().copies[0].path.clone()
+}
+
+#[test]
+fn room_is_checked_before_the_first_byte() {
+    let disk = SmallDisk::tmpfs("16m");
+    let origin = Origin::file(&noise(20 << 20, 41));
+    let node = Node::over(disk.path(), settings());
+    let failed = failure(node.bring("a", &origin.url("/a")));
+    assert_eq!(failed.code, FailureCode::NoSpace);
+    assert!(failed.message.contains("are needed"), "{}", failed.message);
+    assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
+}
+
+#[test]
+fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_there_is_room() {
+    let disk = SmallDisk::tmpfs("16m");
+    let ballast = disk.path().join("ballast");
+    std::fs::write(&ballast, vec![1; 8 << 20]).unwrap();
+    let content = noise(10 << 20, 42);
+    let body = content.clone();
+    // No length is said, so that nothing can be checked ahead.
+    let origin = Origin::start(move |asked| match asked.first() {
+        0 => Answer::chunked(&body, "etag: \"v1\"\r\n", None),
+        first => Answer::part(&body, first, "etag: \"v1\"\r\n"),
+    });
+    let node = Node::over(disk.path(), settings());
+    let failed = failure(node.bring("a", &origin.url("/a")));
+    assert_eq!(failed.code, FailureCode::NoSpace);
+    let kept = node.images.get("a").unwrap().allocated_bytes;
+    assert!(kept > 1 << 20, "{kept}");
+
+    std::fs::remove_file(ballast).unwrap();
+    node.bring("a", &origin.url("/a")).unwrap();
+    assert!(node.content("a") == content);
+    assert!(origin.seen()[1].0.first() >= 1 << 20);
+    node.delete("a").unwrap();
+}
+
+#[test]
+fn a_cancel_clears_what_a_failed_job_has_kept() {
+    let disk = SmallDisk::tmpfs("8m");
+    let body = noise(10 << 20, 43);
+    let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
+    let node = Node::over(disk.path(), settings());
+    assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::NoSpace);
+    assert!(node.images.get("a").unwrap().allocated_bytes > 0);
+    assert_eq!(node.cancel("a").unwrap().allocated_bytes, 0);
+}
+
+#[test]
+fn verify_reads_the_medium_and_finds_a_byte_that_changed() {
+    let node = Node::new();
+    let path = ready(&node);
+    node.images.verify("a").unwrap();
+    node.wait("a").unwrap();
+    damage_quietly(&path);
+    assert!(node.images.open_device("a").is_ok(), "from outside nothing is to be seen");
+    node.images.verify("a").unwrap();
+    let failed = failure(node.wait("a"));
+    assert_eq!(failed.code, FailureCode::Corrupt);
+    assert!(matches!(node.images.open_device("a"), Err(Error::Failed { .. })));
+    let node = node.restart();
+    assert!(matches!(
+        node.images.base_path(node.images.get("a").unwrap().uuid.unwrap()),
+        Err(Error::Failed { .. })
+    ));
+    assert_eq!(node.images.get("a").unwrap().size_bytes, Some(2 << 20), "the record tells what it was");
+}
+
+#[test]
+fn verify_finds_what_the_page_cache_hides() {
+    let disk = SmallDisk::on_file(&["mkfs.ext4", "-q", "-b", "4096"], 64 << 20);
+    let node = Node::over(disk.path(), settings());
+    let path = ready(&node);
+    let content = std::fs::read(&path).unwrap();
+    // The medium goes bad under the file system.
+    let backing = std::fs::OpenOptions::new().read(true).write(true).open(disk.backing_file()).unwrap();
+    let bytes = std::fs::read(disk.backing_file()).unwrap();
+    let block = &content[1 << 20..(1 << 20) + 4096];
+    let at = bytes.chunks_exact(4096).position(|found| found == block).unwrap() * 4096;
+    backing.write_all_at(&[!block[9]], at as u64 + 9).unwrap();
+
+    assert!(std::fs::read(&path).unwrap() == content, "the cache still holds the good bytes");
+    node.images.verify("a").unwrap();
+    assert_eq!(failure(node.wait("a")).code, FailureCode::Corrupt);
+    drop(node);
+}
+
+#[test]
+fn a_clone_shares_its_blocks_where_the_file_system_can() {
+    let disk = SmallDisk::on_file(&["mkfs.xfs", "-q", "-m", "reflink=1"], 400 << 20);
+    let node = Node::over(disk.path(), settings());
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    std::fs::write(&source, noise(24 << 20, 44)).unwrap();
+    node.bring("a", source.to_str().unwrap()).unwrap();
+    let held = DiskDir::open(Uuid::nil(), disk.path()).unwrap();
+    let before = held.free_bytes().unwrap();
+    let clone = node.bring("b", "image:a").unwrap();
+    // XFS gives space back late, so there may even be more.
+    assert!(held.free_bytes().unwrap() + (4 << 20) > before);
+    assert!(node.content("b") == node.content("a"));
+    assert_eq!(clone.allocated_bytes, 24 << 20);
+    node.delete("a").unwrap();
+    node.images.verify("b").unwrap();
+    node.wait("b").unwrap();
+}
+
+#[test]
+fn a_file_that_was_touched_is_verified_before_it_serves_again() {
+    let node = Node::new();
+    let path = ready(&node);
+    std::fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    assert!(matches!(node.images.open_device("a"), Err(Error::NotReady { .. })));
+    node.wait("a").unwrap();
+    assert!(node.images.open_device("a").is_ok());
+
+    std::fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
+    let node = node.restart();
+    node.wait("a").unwrap();
+    assert!(node.images.open_device("a").is_ok());
+    // What was found is recorded: the next start has nothing to verify.
+    let node = node.restart();
+    assert_eq!(node.images.get("a").unwrap().state, ImageState::Ready);
+}
+
+#[test]
+fn a_file_that_was_cut_or_is_gone_fails_with_the_reason() {
+    let node = Node::new();
+    let path = ready(&node);
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1000).unwrap();
+    let node = node.restart();
+    let failed = failure(node.wait("a"));
+    assert!(
+        failed.code == FailureCode::Corrupt && failed.message.contains("1000 bytes"),
+        "{}",
+        failed.message
+    );
+    std::fs::remove_file(&path).unwrap();
+    node.images.verify("a").unwrap();
+    assert_eq!(failure(node.wait("a")).code, FailureCode::Storage);
+    node.delete("a").unwrap();
+}
+
+#[test]
+fn a_record_of_another_version_is_listed_keeps_its_name_and_stops_collection() {
+    let node = Node::new();
+    let image = ready(&node);
+    let images = node.disk.join("images");
+    let newer = images.join("newer-0123abcd");
+    let litter = images.join("litter-89abcdef");
+    std::fs::create_dir(&newer).unwrap();
+    std::fs::write(newer.join("image.json"), br#"{"format_version": 2}"#).unwrap();
+    std::fs::create_dir(&litter).unwrap();
+    std::fs::write(litter.join("partial.data"), b"x").unwrap();
+    let node = node.restart();
+    let info = node.images.get("newer").unwrap();
+    assert!(
+        matches!(&info.state, ImageState::Unknown(reason) if reason.contains("format version 2")),
+        "{info:?}"
+    );
+    assert!(matches!(node.create("newer", image.to_str().unwrap(), None), Err(Error::Exists(_))));
+    assert!(matches!(node.delete("newer"), Err(Error::NotReady { .. })));
+    assert_eq!(node.images.get("a").unwrap().state, ImageState::Ready, "the others are served");
+    assert!(litter.exists());
+
+    std::fs::remove_dir_all(&newer).unwrap();
+    let node = node.restart();
+    assert!(!litter.exists());
+    assert_eq!(node.images.list().len(), 1);
+}
+
+#[test]
+fn a_deletion_that_a_crash_interrupted_is_finished_and_a_file_without_a_record_is_not_touched() {
+    let node = Node::new();
+    let path = ready(&node);
+    let dir = path.parent().unwrap().to_owned();
+    std::fs::rename(dir.join("image.json"), dir.join("deleted.json")).unwrap();
+    let node = node.restart();
+    assert!(!dir.exists() && node.images.list().is_empty());
+
+    let path = ready(&node);
+    std::fs::remove_file(path.with_file_name("image.json")).unwrap();
+    let node = node.restart();
+    assert!(path.exists());
+    assert!(matches!(node.images.get("a").unwrap().state, ImageState::Unknown(_)));
+}
+
+#[test]
+fn two_disks_with_one_name_are_both_served() {
+    let (one, two) = (Node::new(), Node::new());
+    ready(&one);
+    ready(&two);
+    let uuid = two.images.get("a").unwrap().uuid.unwrap();
+    let disks = vec![
+        DiskDir::open(Uuid::from_u128(1), &one.disk).unwrap(),
+        DiskDir::open(Uuid::from_u128(2), &two.disk).unwrap(),
+    ];
+    let both = Images::open(disks, settings(), one.host.clone(), one.runtime.handle().clone());
+    let second = format!("a~{}", &uuid.simple().to_string()[..8]);
+    assert_eq!(both.get(&second).unwrap().uuid, Some(uuid));
+    assert_eq!(both.get("a").unwrap().copies[0].disk, Uuid::from_u128(1));
+    assert!(both.open_device(&second).is_ok());
+}

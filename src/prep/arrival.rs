@@ -1,0 +1,430 @@
+//! One arrival: from a source into a verified, durable file, in a single pass.
+//!
+//! Owns [`arrive`], which runs the pass, and [`Arrival`], its upper end: a source pushes bytes in, they leave as
+//! aligned pieces for the threads in `pipeline`. Upholds, of invariant 5: a file is returned only when every byte is
+//! synced, its length is what the source said, and its sum is the expected one. Of invariant 9: what was synced is kept
+//! and is where the next run starts; a failed sync throws away everything since the last good one, because a run
+//! always starts by cutting the file to what is kept.
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::{Arc, mpsc::SyncSender, mpsc::sync_channel},
+    time::{Duration, Instant},
+};
+
+use bedplate_engine::error::Error as Storage;
+
+use super::{
+    checksum::{Expected, Hasher, Sums},
+    failure::{Failure, Result},
+    partial::{Kept, PartialNames},
+    pipeline::{
+        MIDSTATES_QUEUED_MAX, Mark, PIECES_QUEUED_MAX, Piece, SYNCS_QUEUED_MAX, Target, hash_pieces,
+        keep_synced, write_pieces,
+    },
+    probe::{Content, PROBE_LEN, probe},
+    progress::{Meter, Phase},
+    source::{Source, Validator},
+    stop::Stop,
+};
+use crate::directory::{Directory, Open};
+
+/// Bytes of a full piece. With the queues this bounds the memory of a job to about 18 MiB.
+const PIECE_LEN: u64 = 1 << 20;
+/// Zeros that travel as one piece.
+const ZEROS_LEN_MAX: u64 = 64 << 20;
+/// Left free on the disk, so that records can still be written.
+const SPACE_RESERVE_BYTES: u64 = 4 << 20;
+
+/// What is to arrive, and where.
+#[derive(Debug)]
+pub struct Spec {
+    pub dir: Arc<Directory>,
+    pub names: PartialNames,
+    pub expected: Option<Expected>,
+    pub size_max: u64,
+    /// A mark is set each time this much has arrived ...
+    pub sync_bytes: u64,
+    /// ... or this much time has passed.
+    pub sync_interval: Duration,
+    pub meter: Arc<Meter>,
+    pub stop: Arc<Stop>,
+}
+
+/// A file with every byte durable and verified, still under its partial name.
+#[derive(Debug)]
+pub struct Arrived {
+    pub file: File,
+    pub size_bytes: u64,
+    pub sums: Sums,
+    pub content: Content,
+}
+
+/// What a source says before its first byte.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Length of the whole.
+    pub total: Option<u64>,
+    /// Space that the rest takes at most, when the source knows better than that it is all of the rest.
+    pub needed_bytes: Option<u64>,
+    pub validator: Validator,
+}
+
+/// Whether the parts of an arrival are known to belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Parts {
+    Proven,
+    /// A source went on without a validator, trusting that the checksum tells.
+    Unproven,
+}
+
+/// Everything has been written and hashed.
+struct Pass {
+    hasher: Hasher,
+    size_bytes: u64,
+    validator: Validator,
+    parts: Parts,
+}
+
+/// Run one arrival, going on where an earlier one was kept.
+pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
+    let path = spec.dir.path().join(spec.names.data);
+    let file = spec.dir.open_file(spec.names.data, Open::CreateWrite)?;
+    let target = Target { file: &file, path: &path, dir: &spec.dir, names: spec.names };
+    let mut pass = run(spec, source, target)?;
+    if pass.parts == Parts::Unproven && pass.hasher.clone().finish().check(spec.expected.as_ref()).is_err() {
+        tracing::warn!(path = %path.display(), "the parts of an arrival do not fit; it is fetched once more as a whole");
+        Kept::forget(&spec.dir, spec.names)?;
+        pass = run(spec, source, target)?;
+    }
+    let Pass { hasher, size_bytes, validator, parts: _ } = pass;
+    if size_bytes == 0 {
+        return Err(Failure::Unsupported("the image is empty".to_owned()));
+    }
+    let midstate = hasher.midstate();
+    let sums = hasher.finish();
+    sums.check(spec.expected.as_ref())?;
+
+    spec.meter.enter(Phase::Syncing);
+    spec.stop.check()?;
+    file.set_len(size_bytes).map_err(|e| Storage::io("truncate", &path, e))?;
+    file.sync_all().map_err(|e| Storage::io("sync", &path, e))?;
+    let total = Some(size_bytes);
+    Kept { position: size_bytes, total, complete: true, validator, midstate }.store(&spec.dir, spec.names)?;
+    let content = probe_file(&file, &path)?;
+    Ok(Arrived { file, size_bytes, sums, content })
+}
+
+/// Cut the file to what is kept, and restore the hash of that.
+fn pick_up(spec: &Spec, target: Target<'_>) -> Result<(Option<Kept>, Hasher)> {
+    let Target { file, path, .. } = target;
+    let len = file.metadata().map_err(|e| Storage::io("stat", path, e))?.len();
+    let kept = Kept::load(&spec.dir, spec.names).filter(|kept| kept.position <= len);
+    let position = kept.as_ref().map_or(0, |kept| kept.position);
+    if kept.is_none() {
+        // Nothing may vouch for the bytes that will be written now.
+        Kept::forget(&spec.dir, spec.names)?;
+    }
+    file.set_len(position).map_err(|e| Storage::io("truncate", path, e))?;
+    let Some(kept) = kept else { return Ok((None, Hasher::new(spec.expected.as_ref()))) };
+    let hasher = match Hasher::resume(&kept.midstate, spec.expected.as_ref()) {
+        Some(hasher) => hasher,
+        None => rehash(spec, file, path, position)?,
+    };
+    Ok((Some(kept), hasher))
+}
+
+/// Read the kept prefix again, where its midstate is of no use.
+fn rehash(spec: &Spec, file: &File, path: &Path, position: u64) -> Result<Hasher> {
+    spec.meter.begin(Phase::Hashing, 0, Some(position));
+    let mut hasher = Hasher::new(spec.expected.as_ref());
+    let mut buffer = vec![0; usize::try_from(PIECE_LEN.min(position)).unwrap_or(0)];
+    let mut at = 0;
+    while at < position {
+        spec.stop.check()?;
+        let len = usize::try_from((position - at).min(PIECE_LEN)).unwrap_or(buffer.len());
+        let part = buffer.get_mut(..len).unwrap_or_default();
+        file.read_exact_at(part, at).map_err(|e| Storage::io("read", path, e))?;
+        hasher.update(part);
+        at += part.len() as u64;
+        spec.meter.advance_to(at);
+    }
+    Ok(hasher)
+}
+
+/// The pass itself.
+fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass> {
+    let (kept, hasher) = pick_up(spec, target)?;
+    let start = kept.as_ref().map_or(0, |kept| kept.position);
+    spec.meter.begin(Phase::Connecting, start, kept.as_ref().and_then(|kept| kept.total));
+    if let Some(Kept { validator, complete: true, .. }) = kept {
+        return Ok(Pass { hasher, size_bytes: start, validator, parts: Parts::Proven });
+    }
+    let (to_hash, hash_queue) = sync_channel(PIECES_QUEUED_MAX);
+    let (to_write, write_queue) = sync_channel(PIECES_QUEUED_MAX);
+    let (to_sync, sync_queue) = sync_channel(SYNCS_QUEUED_MAX);
+    let (to_keep, midstates) = sync_channel(MIDSTATES_QUEUED_MAX);
+    std::thread::scope(|scope| {
+        // Queues move into their threads, so that a thread that ends closes them.
+        let hashing = scope.spawn(move || hash_pieces(&hash_queue, &to_keep, hasher, spec.expected.as_ref()));
+        let writing = scope.spawn(move || write_pieces(&write_queue, &to_sync, target, start));
+        let syncing = scope.spawn(move || keep_synced(&sync_queue, &midstates, target));
+
+        let mut arrival = Arrival::new(spec, to_hash, to_write, kept);
+        let outcome = source.transfer(&mut arrival).and_then(|()| arrival.finish());
+        let (size_bytes, validator, parts) = (arrival.position(), arrival.validator.clone(), arrival.parts);
+        if outcome.as_ref().err().is_some_and(Failure::keeps_partial) {
+            // What came last is worth a sync; if that fails, less is kept and the first reason stays.
+            drop(arrival.mark());
+        }
+        drop(arrival);
+        spec.meter.enter(Phase::Hashing);
+        let hasher = hashing.join();
+        spec.meter.enter(Phase::Syncing);
+        // A disk that refuses is why the source could not deliver, so its word comes first.
+        joined(writing.join())?;
+        joined(syncing.join())?;
+        outcome?;
+        match hasher {
+            Ok(hasher) => Ok(Pass { hasher, size_bytes, validator, parts }),
+            Err(_) => Err(Failure::Source("the hashing thread ended unexpectedly".to_owned())),
+        }
+    })
+}
+
+fn joined(result: std::thread::Result<Result<(), Storage>>) -> Result<()> {
+    match result {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(Failure::Source("a writing thread ended unexpectedly".to_owned())),
+    }
+}
+
+fn probe_file(file: &File, path: &Path) -> Result<Content> {
+    let mut first = [0; PROBE_LEN];
+    let len = file.read_at(&mut first, 0).map_err(|e| Storage::io("read", path, e))?;
+    probe(first.get(..len).unwrap_or_default())
+}
+
+/// The upper end of an arrival, where a source pushes bytes in.
+#[derive(Debug)]
+pub struct Arrival<'a> {
+    spec: &'a Spec,
+    to_hash: SyncSender<Piece>,
+    to_write: SyncSender<Piece>,
+    /// Bytes that were handed on.
+    sent: u64,
+    /// Bytes that wait to become a piece. Pieces end at multiples of [`PIECE_LEN`] of the file.
+    buffer: Vec<u8>,
+    total: Option<u64>,
+    validator: Validator,
+    parts: Parts,
+    marked: u64,
+    marked_at: Instant,
+    probed: bool,
+}
+
+impl<'a> Arrival<'a> {
+    fn new(
+        spec: &'a Spec,
+        to_hash: SyncSender<Piece>,
+        to_write: SyncSender<Piece>,
+        kept: Option<Kept>,
+    ) -> Self {
+        let (sent, total, validator) = match kept {
+            Some(kept) => (kept.position, kept.total, kept.validator),
+            None => (0, None, Validator::None),
+        };
+        Arrival {
+            spec,
+            to_hash,
+            to_write,
+            sent,
+            buffer: Vec::new(),
+            total,
+            validator,
+            parts: Parts::Proven,
+            marked: sent,
+            marked_at: Instant::now(),
+            probed: sent > 0,
+        }
+    }
+
+    /// Where the next byte goes: everything before has arrived, in this run or an earlier one.
+    pub fn position(&self) -> u64 {
+        self.sent + self.buffer.len() as u64
+    }
+
+    /// The length of the whole, where it is known.
+    pub fn total(&self) -> Option<u64> {
+        self.total
+    }
+
+    /// What the bytes before [`Arrival::position`] were said to belong to.
+    pub fn validator(&self) -> &Validator {
+        &self.validator
+    }
+
+    pub fn expected(&self) -> Option<&Expected> {
+        self.spec.expected.as_ref()
+    }
+
+    pub fn meter(&self) -> &Meter {
+        &self.spec.meter
+    }
+
+    pub fn stop(&self) -> &Arc<Stop> {
+        &self.spec.stop
+    }
+
+    /// Bytes are about to come from [`Arrival::position`] on. Refuses what will not fit.
+    pub fn begin(&mut self, opening: Opening) -> Result<()> {
+        let Opening { total, needed_bytes, validator } = opening;
+        if let Some(total) = total {
+            if total == 0 {
+                return Err(Failure::Unsupported("the image is empty".to_owned()));
+            }
+            self.check_size(total)?;
+        }
+        let left = total.map_or(0, |total| total.saturating_sub(self.position()));
+        let needed_bytes = needed_bytes.unwrap_or(left).saturating_add(SPACE_RESERVE_BYTES);
+        let free_bytes = self.spec.dir.free_bytes()?;
+        if needed_bytes > free_bytes {
+            let path = self.spec.dir.path().to_owned();
+            return Err(Failure::NoSpace { path, needed_bytes, free_bytes });
+        }
+        self.total = total;
+        self.validator = validator;
+        self.spec.meter.begin(Phase::Transferring, self.position(), total);
+        Ok(())
+    }
+
+    /// What comes now is joined to what has arrived without proof that both are of one file. Only right when a checksum
+    /// is expected; if that does not agree, everything is fetched once more.
+    pub fn join_unproven(&mut self) {
+        self.parts = Parts::Unproven;
+    }
+
+    /// The next bytes.
+    pub fn bytes(&mut self, mut bytes: &[u8]) -> Result<()> {
+        self.check_room(bytes.len() as u64)?;
+        while !bytes.is_empty() {
+            let room = PIECE_LEN - self.position() % PIECE_LEN;
+            let take = usize::try_from(room).unwrap_or(usize::MAX).min(bytes.len());
+            let (now, later) = bytes.split_at(take);
+            self.buffer.extend_from_slice(now);
+            bytes = later;
+            if self.position().is_multiple_of(PIECE_LEN) {
+                self.hand_on()?;
+            }
+        }
+        self.mark_when_due()
+    }
+
+    /// The next `len` bytes are zeros.
+    pub fn zeros(&mut self, mut len: u64) -> Result<()> {
+        self.check_room(len)?;
+        while len > 0 {
+            let part = len.min(ZEROS_LEN_MAX);
+            if part < PIECE_LEN {
+                // Short runs stay in line with the pieces.
+                let zeros = vec![0; usize::try_from(part).unwrap_or(0)];
+                self.bytes(&zeros)?;
+            } else {
+                self.hand_on()?;
+                self.probed = true;
+                self.sent += part;
+                self.send(Piece::Zeros(part))?;
+                self.mark_when_due()?;
+            }
+            len -= part;
+        }
+        Ok(())
+    }
+
+    /// Everything that has arrived belongs to something else: begin at byte 0.
+    pub fn restart(&mut self) -> Result<()> {
+        self.buffer.clear();
+        (self.sent, self.marked, self.probed) = (0, 0, false);
+        (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
+        self.spec.meter.begin(Phase::Connecting, 0, None);
+        self.send(Piece::Restart)
+    }
+
+    /// Have everything up to here made durable and kept; does not wait for it.
+    pub fn mark(&mut self) -> Result<()> {
+        self.hand_on()?;
+        self.marked_at = Instant::now();
+        if self.sent == self.marked {
+            return Ok(());
+        }
+        self.marked = self.sent;
+        let mark = Mark { position: self.sent, total: self.total, validator: self.validator.clone() };
+        self.send(Piece::Mark(mark))
+    }
+
+    /// How long until what has arrived by now should be kept.
+    pub fn mark_due_in(&self) -> Duration {
+        self.spec.sync_interval.saturating_sub(self.marked_at.elapsed())
+    }
+
+    fn mark_when_due(&mut self) -> Result<()> {
+        let due = self.position() - self.marked >= self.spec.sync_bytes
+            || self.marked_at.elapsed() >= self.spec.sync_interval;
+        if due { self.mark() } else { Ok(()) }
+    }
+
+    /// The source says that this was all.
+    fn finish(&mut self) -> Result<()> {
+        self.hand_on()?;
+        match self.total {
+            Some(total) if total != self.sent => {
+                Err(Failure::Source(format!("the source ended after {} of {total} bytes", self.sent)))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn hand_on(&mut self) -> Result<()> {
+        if self.buffer.is_empty() {
+            return Ok(());
+        }
+        if !self.probed {
+            probe(self.buffer.get(..PROBE_LEN).unwrap_or(&self.buffer))?;
+            self.probed = true;
+        }
+        let bytes = Arc::new(std::mem::take(&mut self.buffer));
+        self.sent += bytes.len() as u64;
+        self.send(Piece::Data(bytes))?;
+        self.spec.meter.advance_to(self.sent);
+        self.buffer.reserve_exact(usize::try_from(PIECE_LEN).unwrap_or(0));
+        Ok(())
+    }
+
+    fn send(&self, piece: Piece) -> Result<()> {
+        // A closed queue: its thread has failed, and its own error is the one that is reported.
+        let closed = || Failure::Source("the disk does not take the bytes".to_owned());
+        self.to_hash.send(piece.clone()).map_err(|_| closed())?;
+        self.to_write.send(piece).map_err(|_| closed())
+    }
+
+    fn check_room(&self, len: u64) -> Result<()> {
+        self.spec.stop.check()?;
+        let end = self.position().saturating_add(len);
+        if self.total.is_some_and(|total| end > total) {
+            return Err(Failure::Source(format!(
+                "the source delivers more than the {} bytes it said",
+                end - len
+            )));
+        }
+        self.check_size(end)
+    }
+
+    fn check_size(&self, size: u64) -> Result<()> {
+        if size > self.spec.size_max {
+            return Err(Failure::Unsupported(format!("images have at most {} bytes", self.spec.size_max)));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,242 @@
+//! Exporting a block device: to a raw file with holes, or as a stream.
+//!
+//! A file appears under its name only when it is whole and durable: it is written beside, synced, renamed in, and its
+//! directory synced. A stream gets every byte, zeros too. Neither changes the device. The caller hands in a view that
+//! stands still (a snapshot, an image).
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
+
+use bedplate_engine::{
+    device::{BlockDevice, ExtentKind},
+    error::{Error as Storage, Result as StorageResult},
+    units::ByteRange,
+};
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
+};
+use uuid::Uuid;
+
+use super::{
+    failure::{Failure, Result},
+    progress::{Meter, Phase},
+    source::device::for_each_extent,
+    stop::Stop,
+    write::write_sparse,
+};
+
+/// Bytes of one read.
+const READ_LEN: u64 = 1 << 20;
+
+/// What happens when the file is there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    Refuse,
+    Replace,
+}
+
+/// Export to the raw file `path`. Its length is the device's size.
+pub fn export_file(
+    device: &dyn BlockDevice,
+    path: &Path,
+    existing: Existing,
+    meter: &Meter,
+    stop: &Stop,
+) -> Result<()> {
+    let name =
+        path.file_name().ok_or_else(|| Storage::Invalid(format!("{} is not a file name", path.display())))?;
+    if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
+        return Err(taken(path).into());
+    }
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let beside = directory.join(format!(".{}.{}.partial", name.to_string_lossy(), Uuid::new_v4().simple()));
+    let written = write_beside(device, &beside, meter, stop).and_then(|()| {
+        meter.enter(Phase::Publishing);
+        give_name(&beside, path, existing)?;
+        let directory_file = File::open(directory).map_err(|e| Storage::io("open", directory, e))?;
+        directory_file.sync_all().map_err(|e| Storage::io("sync", directory, e))?;
+        Ok(())
+    });
+    if written.is_err() {
+        // The reason for the failure is what matters; that there is nothing to remove is fine.
+        let _ = std::fs::remove_file(&beside);
+    }
+    written
+}
+
+fn give_name(beside: &Path, path: &Path, existing: Existing) -> StorageResult<()> {
+    let flags = match existing {
+        Existing::Refuse => RenameFlags::RENAME_NOREPLACE,
+        Existing::Replace => RenameFlags::empty(),
+    };
+    let named = match renameat2(AT_FDCWD, beside, AT_FDCWD, path, flags) {
+        // File systems without that flag know links, which refuse a taken name, too.
+        Err(Errno::EINVAL) if existing == Existing::Refuse => {
+            std::fs::hard_link(beside, path).and_then(|()| std::fs::remove_file(beside))
+        }
+        other => other.map_err(io::Error::from),
+    };
+    named.map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => taken(path),
+        _ => Storage::io("rename", path, e),
+    })
+}
+
+fn taken(path: &Path) -> Storage {
+    Storage::Exists { kind: "file", name: path.display().to_string() }
+}
+
+/// Write every byte to `out`, zeros included, and flush it.
+pub fn export_stream(
+    device: &dyn BlockDevice,
+    out: &mut dyn Write,
+    meter: &Meter,
+    stop: &Stop,
+) -> Result<()> {
+    let zeros = vec![0; usize::try_from(READ_LEN).unwrap_or(0)];
+    let sink = |e: io::Error| Failure::from(Storage::io("write", "the output", e));
+    copy(device, meter, stop, |piece| match piece {
+        Piece::Data { bytes, .. } => out.write_all(bytes).map_err(sink),
+        Piece::Zeros(range) => {
+            let mut left = range.len.0;
+            while left > 0 {
+                stop.check()?;
+                let part = left.min(READ_LEN);
+                let part = usize::try_from(part).unwrap_or(zeros.len());
+                out.write_all(zeros.get(..part).unwrap_or(&zeros)).map_err(sink)?;
+                left -= part as u64;
+            }
+            Ok(())
+        }
+    })?;
+    out.flush().map_err(sink)
+}
+
+fn write_beside(device: &dyn BlockDevice, path: &Path, meter: &Meter, stop: &Stop) -> Result<()> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(path)
+        .map_err(|e| Storage::io("create", path, e))?;
+    let io = |op| move |e| Storage::io(op, path, e);
+    copy(device, meter, stop, |piece| match piece {
+        // Data that is all zeros becomes a hole, too.
+        Piece::Data { at, bytes } => Ok(write_sparse(&file, bytes, at).map_err(io("write"))?),
+        Piece::Zeros(_) => Ok(()),
+    })?;
+    meter.enter(Phase::Syncing);
+    file.set_len(device.geometry().size.0).map_err(io("truncate"))?;
+    file.sync_all().map_err(io("sync"))?;
+    Ok(())
+}
+
+enum Piece<'a> {
+    Data { at: u64, bytes: &'a [u8] },
+    Zeros(ByteRange),
+}
+
+fn copy(
+    device: &dyn BlockDevice,
+    meter: &Meter,
+    stop: &Stop,
+    mut put: impl FnMut(Piece<'_>) -> Result<()>,
+) -> Result<()> {
+    let size = device.geometry().size.0;
+    meter.begin(Phase::Transferring, 0, Some(size));
+    let mut buffer = vec![0; usize::try_from(READ_LEN.min(size)).unwrap_or(0)];
+    for_each_extent(device, |range, kind| {
+        stop.check()?;
+        match kind {
+            ExtentKind::Zero => put(Piece::Zeros(range))?,
+            ExtentKind::Data => {
+                let mut at = range.start.0;
+                while at < range.end().0 {
+                    stop.check()?;
+                    let len = usize::try_from((range.end().0 - at).min(READ_LEN)).unwrap_or(buffer.len());
+                    let bytes = buffer.get_mut(..len).unwrap_or_default();
+                    device.read_at(bytes, at)?;
+                    put(Piece::Data { at, bytes })?;
+                    at += bytes.len() as u64;
+                    meter.advance_to(at);
+                }
+            }
+        }
+        meter.advance_to(range.end().0);
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::MetadataExt, time::Duration};
+
+    use super::*;
+    use crate::prep::testing::MemoryDevice;
+
+    fn device() -> MemoryDevice {
+        let mut content = vec![0; (6 << 20) + 512];
+        content[1 << 20..(1 << 20) + 50_000].fill(5);
+        *content.last_mut().unwrap() = 1;
+        MemoryDevice(content)
+    }
+
+    fn stop() -> Stop {
+        Stop::after(Duration::from_secs(60))
+    }
+
+    #[test]
+    fn an_exported_file_has_the_bytes_and_the_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.raw");
+        let meter = Meter::default();
+        export_file(&device(), &path, Existing::Refuse, &meter, &stop()).unwrap();
+        assert!(std::fs::read(&path).unwrap() == device().0);
+        assert!(std::fs::metadata(&path).unwrap().blocks() * 512 < 70_000);
+        assert_eq!(meter.progress().done_bytes, device().0.len() as u64);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_is_there_is_replaced_only_when_that_was_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.raw");
+        std::fs::write(&path, b"precious").unwrap();
+        let refused = export_file(&device(), &path, Existing::Refuse, &Meter::default(), &stop());
+        assert!(matches!(refused, Err(Failure::Storage(Storage::Exists { .. }))));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        export_file(&device(), &path, Existing::Replace, &Meter::default(), &stop()).unwrap();
+        assert!(std::fs::read(&path).unwrap() == device().0);
+    }
+
+    #[test]
+    fn an_export_that_is_stopped_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let stop = stop();
+        stop.cancel();
+        let result =
+            export_file(&device(), &dir.path().join("out"), Existing::Refuse, &Meter::default(), &stop);
+        assert!(matches!(result, Err(Failure::Cancelled)));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_stream_gets_every_byte_and_a_reader_that_leaves_is_an_error() {
+        let mut out = Vec::new();
+        export_stream(&device(), &mut out, &Meter::default(), &stop()).unwrap();
+        assert!(out == device().0);
+
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let result = export_stream(&device(), &mut writer, &Meter::default(), &stop());
+        assert!(matches!(result, Err(Failure::Storage(Storage::Io { op: "write", .. }))));
+    }
+}

@@ -1,0 +1,58 @@
+//! Why a job of prep did not end with a verified copy.
+//!
+//! A caller can tell wrong bytes, no room, a source that refuses, time that ran out and its own cancelling apart by the
+//! variant. Texts never hold what a URL keeps secret (user, password, query).
+
+use std::path::PathBuf;
+
+use bedplate_engine::error::Error as Storage;
+
+pub type Result<T, E = Failure> = std::result::Result<T, E>;
+
+/// How a job failed. `Clone`, because everyone who waits for the job is told.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Failure {
+    /// The bytes are not the ones that were asked for.
+    #[error("checksum mismatch: expected {expected}, got {actual}")]
+    Checksum { expected: String, actual: String },
+    /// Bytes on this disk are not what they were.
+    #[error("corrupt: {0}")]
+    Corrupt(String),
+    /// Known before the first byte was written, or found out in the middle.
+    #[error("not enough space on {}: {needed_bytes} bytes are needed, {free_bytes} are free", path.display())]
+    NoSpace { path: PathBuf, needed_bytes: u64, free_bytes: u64 },
+    /// Sound, but not something that this version takes in.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The source refuses, or is not what it should be; trying again the same way is of no use.
+    #[error("{0}")]
+    Source(String),
+    /// A bound in time has passed.
+    #[error("timed out: {0}")]
+    TimedOut(String),
+    /// Somebody cancelled the job.
+    #[error("cancelled")]
+    Cancelled,
+    /// The node goes down; the job goes on when it is up again.
+    #[error("the node is shutting down")]
+    Stopped,
+    /// The disk or a device refused.
+    #[error(transparent)]
+    Storage(#[from] Storage),
+}
+
+impl Failure {
+    /// Whether what has arrived is worth keeping for another try: not when it is known to be wrong or unwanted.
+    pub fn keeps_partial(&self) -> bool {
+        match self {
+            Failure::Checksum { .. } | Failure::Corrupt(_) | Failure::Unsupported(_) | Failure::Cancelled => {
+                false
+            }
+            Failure::NoSpace { .. }
+            | Failure::Source(_)
+            | Failure::TimedOut(_)
+            | Failure::Stopped
+            | Failure::Storage(_) => true,
+        }
+    }
+}
