@@ -22,6 +22,7 @@ use bedplate_engine::{device::Access, error::Error};
 use fuser::{BackingId, Errno, FileAttr, FileHandle, FileType, Generation, INodeNo, OpenAccMode, OpenFlags};
 
 use crate::{
+    buffer::with_aligned,
     device_file::{self, Allocation, Seek},
     errno::Fault,
     handles::{Handle, Handles, Listed, Route, TooMany},
@@ -150,7 +151,11 @@ impl Served {
     /// Write, and say how much. `flags` are those of the request: the handle's, or of this one write.
     pub(crate) fn write(&self, fh: FileHandle, data: &[u8], offset: u64, flags: OpenFlags) -> Answer<usize> {
         let durability = device_file::durability(flags.0);
-        self.with(fh, "write", |handle| device_file::write(&*handle.device, data, offset, durability))
+        self.with(fh, "write", |handle| {
+            let write = |data: &[u8]| device_file::write(&*handle.device, data, offset, durability);
+            // The kernel was told never to send as much.
+            with_aligned(data, offset, write).unwrap_or(Err(Fault::Refused(Errno::EINVAL)))
+        })
     }
 
     pub(crate) fn flush(&self, fh: FileHandle) -> Answer<()> {

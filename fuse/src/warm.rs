@@ -28,7 +28,7 @@ const GATHER_MAX: Duration = Duration::from_secs(2);
 /// What no client asks for.
 const NAME_PREFIX: &str = ".bedplate-warm-";
 /// The longest write with its headers, from the start of the page that it begins in.
-const RECEIVED_BYTES_MAX: usize = BUFFER_LEN + 2 * BUFFER_ALIGN;
+const RECEIVED_BYTES_MAX: usize = BUFFER_LEN + BUFFER_ALIGN;
 /// What a request uses of its thread's stack, with room to spare.
 const STACK_BYTES: usize = 128 << 10;
 
