@@ -3,7 +3,7 @@
 //! Owns the order of both. Start: state directory, disk locks, images, volumes, mount, loop devices of a node that is
 //! gone, and only then the socket, so that whoever can connect finds everything. End, on SIGTERM or SIGINT: refuse new
 //! work, answer what is in work, stop jobs, detach, unmount, flush. Each step has a deadline; a second signal aborts.
-//! The parts are in the files beside this one, each call of the API in [`node`].
+//! The parts are in the files beside this one, each call of the API in `node.rs`.
 
 mod attach;
 mod bases;
