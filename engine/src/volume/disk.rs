@@ -112,6 +112,7 @@ impl Held {
         });
         disk.open_volumes()?;
         disk.collect();
+        disk.sweep();
         disk.drop_temporary_snapshots();
         Ok(disk)
     }
@@ -357,35 +358,37 @@ impl Disk {
         self.tree().pending.remove(&layer);
     }
 
-    /// Remove the layers that no record lists. Errors are logged: the next start tries again.
+    /// Take the layers that no record lists out of use; [`Disk::sweep`] removes their files.
     pub(super) fn collect(&self) {
-        let used: HashSet<Uuid> = {
-            let mut tree = self.tree();
-            if !tree.is_whole() {
-                tracing::warn!(disk = %self.path().display(), "nothing is collected: a record is unreadable");
-                return;
-            }
-            tree.forget_unused();
-            let records = tree.records();
-            let listed = records.iter().flat_map(|record| record.layers.iter().map(|layer| layer.uuid));
-            listed.chain(tree.pending.iter().copied()).collect()
+        let names = match self.storage.list(LAYERS) {
+            Ok(names) => names,
+            Err(error) => return tracing::warn!(%error, "nothing is collected"),
         };
-        let collected = self.storage.list(LAYERS).and_then(|names| {
-            let unused = names
-                .into_iter()
-                .filter(|(name, kind)| {
-                    *kind == EntryKind::Directory
-                        && Uuid::try_parse(name).is_ok_and(|uuid| !used.contains(&uuid))
-                })
-                .collect::<Vec<_>>();
-            for (name, _) in &unused {
-                tracing::info!(layer = %name, "collected: no record lists it");
-                layer::remove(&*self.storage, &format!("{LAYERS}/{name}"))?;
+        let mut tree = self.tree();
+        if !tree.is_whole() {
+            tracing::warn!(disk = %self.path().display(), "nothing is collected: a record is unreadable");
+            return;
+        }
+        tree.forget_unused();
+        let records = tree.records();
+        let listed = records.iter().flat_map(|record| record.layers.iter().map(|layer| layer.uuid));
+        let used: HashSet<Uuid> = listed.chain(tree.pending.iter().copied()).collect();
+        let layers = names.into_iter().filter(|(_, kind)| *kind == EntryKind::Directory);
+        let unused =
+            layers.filter_map(|(name, _)| Uuid::try_parse(&name).ok().filter(|uuid| !used.contains(uuid)));
+        tree.unused.extend(unused);
+    }
+
+    /// Remove what was collected. Errors are logged: the next start tries again.
+    pub(super) fn sweep(&self) {
+        let unused = std::mem::take(&mut self.tree().unused);
+        for layer in unused {
+            match layer::remove(&*self.storage, &layer::dir(layer)) {
+                Ok(()) => tracing::info!(%layer, "collected: no record lists it"),
+                // Another sweep was faster.
+                Err(error) if error.is_not_found() => {}
+                Err(error) => tracing::warn!(%layer, %error, "not collected"),
             }
-            Ok(())
-        });
-        if let Err(error) = collected {
-            tracing::warn!(%error, "could not collect everything");
         }
     }
 }

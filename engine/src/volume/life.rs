@@ -5,7 +5,7 @@
 //! behind a barrier, while reads go on: sync early, stop admitting, wait, commit, make files, switch, admit again.
 
 use std::{
-    sync::{Arc, PoisonError},
+    sync::{Arc, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -46,6 +46,20 @@ const TEMPORARY_SNAPSHOT: &str = ".view-";
 pub enum Origin {
     Empty,
     Image(ImageRef),
+}
+
+/// The lock of life operations. Layers that were collected under it are removed once it is free: removing a large,
+/// scattered file can take a file system minutes.
+pub(super) struct Life<'a> {
+    disk: &'a Disk,
+    lock: Option<MutexGuard<'a, ()>>,
+}
+
+impl Drop for Life<'_> {
+    fn drop(&mut self) {
+        self.lock = None;
+        self.disk.sweep();
+    }
 }
 
 impl Disk {
@@ -280,8 +294,8 @@ impl Disk {
         }
     }
 
-    pub(super) fn life(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn life(&self) -> Life<'_> {
+        Life { disk: self, lock: Some(self.life.lock().unwrap_or_else(PoisonError::into_inner)) }
     }
 
     pub(super) fn check_absent(&self, name: &str) -> Result<()> {
