@@ -51,8 +51,16 @@ impl BaseSource for Images {
 enum Step {
     Write,
     PartialWrite,
+    /// Zeros as data in a block of its own.
+    WriteZeros,
+    /// From within block 0 over all that follow.
+    LongWrite,
+    /// A sector of block 0.
+    FirstSector,
     Zero,
     Discard,
+    /// Exactly block 1.
+    Trim,
     Flush,
     Snapshot,
     /// To the newest snapshot.
@@ -86,8 +94,12 @@ const STEPS: [Step; 12] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Before {
     New,
-    /// With two snapshots, each after another write.
+    /// With a snapshot below the head: a merge goes into the head.
+    OneSnapshot,
+    /// With two snapshots: a merge goes up into the frozen layer above.
     Snapshots,
+    /// With two snapshots, the second of a few changes: a merge goes down.
+    SmallOverLarge,
 }
 
 /// What a volume is.
@@ -208,12 +220,24 @@ impl Run {
         match before {
             Before::New => {}
             Before::Snapshots => {
-                for step in [Step::Write, Step::Snapshot, Step::Discard, Step::PartialWrite, Step::Snapshot] {
-                    run.step(step);
-                }
+                run.steps(&[Step::LongWrite, Step::WriteZeros, Step::Snapshot]);
+                run.steps(&[Step::Discard, Step::FirstSector, Step::Snapshot]);
+            }
+            Before::OneSnapshot => {
+                run.steps(&[Step::LongWrite, Step::WriteZeros, Step::Snapshot, Step::Discard])
+            }
+            Before::SmallOverLarge => {
+                run.steps(&[Step::LongWrite, Step::WriteZeros, Step::Snapshot]);
+                run.steps(&[Step::FirstSector, Step::Trim, Step::Snapshot]);
             }
         }
         run
+    }
+
+    fn steps(&mut self, steps: &[Step]) {
+        for step in steps {
+            self.step(*step);
+        }
     }
 
     /// Do a step; returns what the disk may hold while it is under way.
@@ -226,6 +250,10 @@ impl Run {
         match step {
             Step::Write => self.change(4096, 4096, Content::Stamped),
             Step::PartialWrite => self.change(4096 + 3072, 1024 + 2048, Content::Stamped),
+            Step::WriteZeros => self.write_zeros(8192, 4096),
+            Step::LongWrite => self.change(1024, SIZE - 1024, Content::Stamped),
+            Step::FirstSector => self.change(0, 512, Content::Stamped),
+            Step::Trim => self.change(4096, 4096, Content::Zeros),
             Step::Zero => self.change(4096, 8192, Content::Zeros),
             Step::Discard => self.change(4096 - 1024, 1024 + 2048, Content::Zeros),
             Step::Flush => {
@@ -298,6 +326,15 @@ impl Run {
             Content::Zeros => volume.discard(range),
         }
         .expect("no faults");
+        self.catalog.volume().cells.acknowledged(id);
+        vec![under_way]
+    }
+
+    fn write_zeros(&mut self, start: u64, len: u64) -> Vec<Catalog> {
+        let (id, bytes) = self.catalog.volume().cells.begin(ByteRange::new(start, len), Content::Zeros);
+        let under_way = self.catalog.clone();
+        let volume = self.disk.volume(VOLUME).expect("it exists");
+        volume.write_at(&bytes, start, Durability::Volatile).expect("no faults");
         self.catalog.volume().cells.acknowledged(id);
         vec![under_way]
     }
@@ -385,7 +422,7 @@ fn every_short_life_cut_at_every_call_is_before_or_after_and_leaves_nothing_behi
             .iter()
             .flat_map(|start| STEPS.iter().map(|step| [start.as_slice(), &[*step]].concat()))
             .collect();
-        for before in [Before::New, Before::Snapshots] {
+        for before in [Before::New, Before::OneSnapshot, Before::Snapshots, Before::SmallOverLarge] {
             for workload in &level {
                 let (more_points, more) = run_workload(before, workload, &mut seed);
                 workloads += 1;
