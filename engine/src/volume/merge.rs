@@ -97,9 +97,13 @@ impl Disk {
     }
 
     fn candidate(&self, left: &HashSet<Uuid>) -> Option<Candidate> {
+        self.candidates().into_iter().find(|candidate| !left.contains(&candidate.layer))
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
         let tree = self.tree();
         if !tree.is_whole() {
-            return None;
+            return Vec::new();
         }
         let records = tree.records();
         let named: HashSet<Uuid> = records
@@ -112,11 +116,17 @@ impl Disk {
                 children.entry(parent).or_default().insert(layer.uuid);
             }
         }
-        let mut candidates = children.into_iter().filter_map(|(layer, children)| {
-            let one = children.len() == 1 && !named.contains(&layer) && !left.contains(&layer);
-            one.then(|| children.into_iter().next().map(|child| Candidate { layer, child })).flatten()
-        });
-        candidates.next()
+        let single =
+            children.into_iter().filter(|(layer, children)| children.len() == 1 && !named.contains(layer));
+        single
+            .flat_map(|(layer, children)| children.into_iter().map(move |child| Candidate { layer, child }))
+            .collect()
+    }
+
+    /// Whether a merge that was begun may go on. Asked under the `life` lock: a candidate is found without it, and a
+    /// clone that was under way then has frozen a head and not yet put its own on it.
+    fn is_candidate(&self, candidate: Candidate) -> bool {
+        self.candidates().contains(&candidate)
     }
 
     fn merge(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
@@ -139,7 +149,7 @@ impl Disk {
         };
         if !is_worth_it(&volume.live()?.view().index, slot) {
             let _life = self.life();
-            if volume.record().head == candidate.child {
+            if volume.record().head == candidate.child && self.is_candidate(candidate) {
                 self.give_back_below_head(volume.live()?, slot)?;
             }
             return Ok(Progress::Left);
@@ -150,8 +160,8 @@ impl Disk {
                 return Ok(Progress::Stopped);
             }
             let _life = self.life();
-            if volume.record().head != candidate.child {
-                // A snapshot or a revert came in between.
+            if volume.record().head != candidate.child || !self.is_candidate(candidate) {
+                // A snapshot, a clone or a revert came in between.
                 return Ok(Progress::Done);
             }
             let executor = volume.live()?;
@@ -216,6 +226,9 @@ impl Disk {
     fn merge_into_frozen(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
         let (lower, mut upper) = {
             let _life = self.life();
+            if !self.is_candidate(candidate) {
+                return Ok(Progress::Done);
+            }
             (layer::open(&*self.storage, candidate.layer)?, layer::open(&*self.storage, candidate.child)?)
         };
         if let Some(fault) = lower.fault.as_ref().or(upper.fault.as_ref()) {

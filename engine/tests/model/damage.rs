@@ -217,6 +217,24 @@ fn what_a_torn_record_left_behind_does_not_disturb_the_records_that_follow() {
 }
 
 #[test]
+fn a_torn_record_never_goes_on_in_what_another_torn_one_left() {
+    for sectors in 2..=4 {
+        let mut map = Map::with_records();
+        let before = decode(&map.bytes).expect("whole").0;
+        let end = map.end;
+        let start = map.log_at + usize::try_from(end.offset()).expect("small");
+        // Of the first record everything but its first sector is there, of the second only the first.
+        map.commit(&Map::scattered(5000, sectors));
+        map.end = end;
+        let rest = map.bytes[start + LOG_SECTOR_LEN..].to_vec();
+        map.commit(&Map::scattered(9000, sectors));
+        map.bytes[start + LOG_SECTOR_LEN..].copy_from_slice(&rest);
+        let what = format!("{sectors} sectors");
+        assert_eq!(check(&before, decode(&map.bytes), &what), Verdict::Same, "{what}");
+    }
+}
+
+#[test]
 fn records_of_an_older_generation_never_replay() {
     let mut old = Map::with_records();
     let (bytes, header) = checkpoint::encode(

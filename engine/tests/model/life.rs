@@ -6,7 +6,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    io::ErrorKind,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bedplate_engine::{
@@ -14,12 +18,15 @@ use bedplate_engine::{
     error::Result,
     exec::{
         simulated::Seed,
-        storage::{Storage, memory::MemoryStorage},
+        storage::{
+            Storage,
+            memory::{Fault, MemoryStorage},
+        },
     },
     image::{BaseImage, BaseSource},
     units::{ByteLen, ByteRange, SECTOR_SIZE},
     volume::{
-        device::VolumeState,
+        device::{Volume, VolumeState},
         disk::Disk,
         life::Origin,
         record::{self, ImageRef, VolumeRecord},
@@ -51,8 +58,16 @@ impl BaseSource for Images {
 enum Step {
     Write,
     PartialWrite,
+    /// Zeros as data in a block of its own.
+    WriteZeros,
+    /// From within block 0 over all that follow.
+    LongWrite,
+    /// A sector of block 0.
+    FirstSector,
     Zero,
     Discard,
+    /// Exactly block 1.
+    Trim,
     Flush,
     Snapshot,
     /// To the newest snapshot.
@@ -86,8 +101,12 @@ const STEPS: [Step; 12] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Before {
     New,
-    /// With two snapshots, each after another write.
+    /// With a snapshot below the head: a merge goes into the head.
+    OneSnapshot,
+    /// With two snapshots: a merge goes up into the frozen layer above.
     Snapshots,
+    /// With two snapshots, the second of a few changes: a merge goes down.
+    SmallOverLarge,
 }
 
 /// What a volume is.
@@ -116,6 +135,14 @@ impl Catalog {
 
     /// Check a disk that was opened after a crash; what was found is durable from then on.
     fn check(&mut self, disk: &Disk) -> Result<(), String> {
+        match disk.volumes().iter().find(|info| info.state != VolumeState::Ready) {
+            Some(info) => Err(format!("{} is {:?}", info.name, info.state)),
+            None => self.check_any_state(disk),
+        }
+    }
+
+    /// The same for a disk on which volumes may take no writes.
+    fn check_any_state(&mut self, disk: &Disk) -> Result<(), String> {
         let found = disk.volumes();
         let names: BTreeSet<&str> = found.iter().map(|info| info.name.as_str()).collect();
         let expected: BTreeSet<&str> = self.volumes.keys().map(String::as_str).collect();
@@ -124,9 +151,6 @@ impl Catalog {
         }
         for info in found {
             let known = self.volumes.get_mut(&info.name).ok_or("unknown")?;
-            if info.state != VolumeState::Ready {
-                return Err(format!("{} is {:?}", info.name, info.state));
-            }
             let names: BTreeSet<&str> = info.snapshots.iter().map(|s| s.name.as_str()).collect();
             let expected: BTreeSet<&str> = known.snapshots.keys().map(String::as_str).collect();
             if names != expected {
@@ -208,98 +232,120 @@ impl Run {
         match before {
             Before::New => {}
             Before::Snapshots => {
-                for step in [Step::Write, Step::Snapshot, Step::Discard, Step::PartialWrite, Step::Snapshot] {
-                    run.step(step);
-                }
+                run.steps(&[Step::LongWrite, Step::WriteZeros, Step::Snapshot]);
+                run.steps(&[Step::Discard, Step::FirstSector, Step::Snapshot]);
+            }
+            Before::OneSnapshot => {
+                run.steps(&[Step::LongWrite, Step::WriteZeros, Step::Snapshot, Step::Discard])
+            }
+            Before::SmallOverLarge => {
+                run.steps(&[Step::LongWrite, Step::WriteZeros, Step::Snapshot]);
+                run.steps(&[Step::FirstSector, Step::Trim, Step::Snapshot]);
             }
         }
         run
     }
 
+    fn steps(&mut self, steps: &[Step]) {
+        for step in steps {
+            self.step(*step);
+        }
+    }
+
     /// Do a step; returns what the disk may hold while it is under way.
     fn step(&mut self, step: Step) -> Vec<Catalog> {
+        let (catalogs, result) = self.attempt(step);
+        result.unwrap_or_else(|error| panic!("{step:?} failed without a fault: {error}"));
+        catalogs
+    }
+
+    /// Do a step that may fail; returns what the disk may hold then, and the result.
+    fn attempt(&mut self, step: Step) -> (Vec<Catalog>, Result<()>) {
         self.count += 1;
         let disk = self.disk.clone();
         let before = self.catalog.clone();
         let new = format!("n{}", self.count);
         let salt = self.catalog.salt();
-        match step {
-            Step::Write => self.change(4096, 4096, Content::Stamped),
-            Step::PartialWrite => self.change(4096 + 3072, 1024 + 2048, Content::Stamped),
-            Step::Zero => self.change(4096, 8192, Content::Zeros),
-            Step::Discard => self.change(4096 - 1024, 1024 + 2048, Content::Zeros),
-            Step::Flush => {
-                let since = self.catalog.volume().cells.now();
-                disk.volume(VOLUME).and_then(|volume| volume.flush()).expect("no faults");
-                self.catalog.volume().cells.flushed(since);
-                vec![before]
-            }
+        let known = self.catalog.volume();
+        let result = match step {
+            Step::Write => return self.change(4096, 4096, Content::Stamped),
+            Step::PartialWrite => return self.change(4096 + 3072, 1024 + 2048, Content::Stamped),
+            Step::WriteZeros => return self.write_zeros(8192, 4096),
+            Step::LongWrite => return self.change(1024, SIZE - 1024, Content::Stamped),
+            Step::FirstSector => return self.change(0, 512, Content::Stamped),
+            Step::Trim => return self.change(4096, 4096, Content::Zeros),
+            Step::Zero => return self.change(4096, 8192, Content::Zeros),
+            Step::Discard => return self.change(4096 - 1024, 1024 + 2048, Content::Zeros),
+            Step::Flush => disk.volume(VOLUME).and_then(|volume| volume.flush()),
             Step::Snapshot => {
-                let known = self.catalog.volume();
                 known.snapshots.insert(new.clone(), known.cells.snapshot(salt));
-                let after = self.catalog.clone();
-                disk.create_snapshot(VOLUME, &new).expect("no faults");
-                self.flushed();
-                vec![before, after]
+                disk.create_snapshot(VOLUME, &new).map(drop)
             }
-            Step::Revert => {
-                let known = self.catalog.volume();
-                let Some((name, cells)) = known.snapshots.last_key_value() else { return vec![before] };
-                let (name, size) = (name.clone(), known.cells.size());
-                known.cells = cells.snapshot(salt);
-                known.cells.grow(size);
-                let after = self.catalog.clone();
-                disk.revert(VOLUME, &name, None).expect("no faults");
-                vec![before, after]
-            }
-            Step::Merge => {
-                let known = self.catalog.volume();
-                let Some((name, _)) = known.snapshots.pop_first() else { return vec![before] };
-                let after = self.catalog.clone();
-                disk.delete_snapshot(VOLUME, &name).expect("no faults");
-                disk.reclaim(|| true).expect("no faults");
-                vec![before, after]
-            }
+            Step::Revert => match known.snapshots.last_key_value() {
+                None => Ok(()),
+                Some((name, cells)) => {
+                    let (name, size) = (name.clone(), known.cells.size());
+                    known.cells = cells.snapshot(salt);
+                    known.cells.grow(size);
+                    disk.revert(VOLUME, &name, None).map(drop)
+                }
+            },
+            Step::Merge => match known.snapshots.pop_first() {
+                None => Ok(()),
+                Some((name, _)) => disk.delete_snapshot(VOLUME, &name).and_then(|_| disk.reclaim(|| true)),
+            },
             Step::Clone | Step::FullClone => {
-                let known = self.catalog.volume();
                 let cells = known.cells.snapshot(salt);
                 self.catalog.volumes.insert(new.clone(), Known { cells, snapshots: BTreeMap::new() });
-                let after = self.catalog.clone();
                 match step {
-                    Step::Clone => disk.clone_volume(VOLUME, None, &new).expect("no faults"),
-                    _ => disk.full_clone(VOLUME, None, &new, |_, _| true).expect("no faults"),
-                };
-                self.flushed();
-                vec![before, after]
+                    Step::Clone => disk.clone_volume(VOLUME, None, &new).map(drop),
+                    _ => disk.full_clone(VOLUME, None, &new, |_, _| true).map(drop),
+                }
             }
-            Step::Flatten => {
-                disk.flatten(VOLUME, |_, _| true).expect("no faults");
-                vec![before]
-            }
+            Step::Flatten => disk.flatten(VOLUME, |_, _| true).map(drop),
             Step::Grow | Step::GrowLess => {
-                let growth = if step == Step::Grow { GROWTH } else { SECTOR_SIZE };
-                let known = self.catalog.volume();
-                let size = known.cells.size() + growth;
+                let size = known.cells.size() + if step == Step::Grow { GROWTH } else { SECTOR_SIZE };
                 known.cells.grow(size);
-                let after = self.catalog.clone();
-                disk.resize(VOLUME, ByteLen(size)).expect("no faults");
-                vec![before, after]
+                disk.resize(VOLUME, ByteLen(size)).map(drop)
             }
+        };
+        let after = self.catalog.clone();
+        let is_flush = matches!(step, Step::Flush | Step::Snapshot | Step::Clone | Step::FullClone);
+        if result.is_ok() && is_flush {
+            self.flushed();
         }
+        (vec![before, after], result)
     }
 
-    fn change(&mut self, start: u64, len: u64, content: Content) -> Vec<Catalog> {
+    fn change(&mut self, start: u64, len: u64, content: Content) -> (Vec<Catalog>, Result<()>) {
         let range = ByteRange::new(start, len);
+        self.submit(range, content, |volume, bytes| match content {
+            Content::Stamped => volume.write_at(bytes, start, Durability::Volatile),
+            Content::Zeros => volume.discard(range),
+        })
+    }
+
+    fn write_zeros(&mut self, start: u64, len: u64) -> (Vec<Catalog>, Result<()>) {
+        self.submit(ByteRange::new(start, len), Content::Zeros, |volume, bytes| {
+            volume.write_at(bytes, start, Durability::Volatile)
+        })
+    }
+
+    fn submit(
+        &mut self,
+        range: ByteRange,
+        content: Content,
+        change: impl FnOnce(&Volume, &[u8]) -> Result<()>,
+    ) -> (Vec<Catalog>, Result<()>) {
         let (id, bytes) = self.catalog.volume().cells.begin(range, content);
         let under_way = self.catalog.clone();
-        let volume = self.disk.volume(VOLUME).expect("it exists");
-        match content {
-            Content::Stamped => volume.write_at(&bytes, start, Durability::Volatile),
-            Content::Zeros => volume.discard(range),
+        let result = self.disk.volume(VOLUME).and_then(|volume| change(&volume, &bytes));
+        let cells = &mut self.catalog.volume().cells;
+        match result {
+            Ok(()) => cells.acknowledged(id),
+            Err(_) => cells.failed(id),
         }
-        .expect("no faults");
-        self.catalog.volume().cells.acknowledged(id);
-        vec![under_way]
+        (vec![under_way], result)
     }
 
     /// A snapshot is itself a flush.
@@ -385,7 +431,7 @@ fn every_short_life_cut_at_every_call_is_before_or_after_and_leaves_nothing_behi
             .iter()
             .flat_map(|start| STEPS.iter().map(|step| [start.as_slice(), &[*step]].concat()))
             .collect();
-        for before in [Before::New, Before::Snapshots] {
+        for before in [Before::New, Before::OneSnapshot, Before::Snapshots, Before::SmallOverLarge] {
             for workload in &level {
                 let (more_points, more) = run_workload(before, workload, &mut seed);
                 workloads += 1;
@@ -395,4 +441,65 @@ fn every_short_life_cut_at_every_call_is_before_or_after_and_leaves_nothing_behi
         }
     }
     println!("{workloads} workloads, {points} cuts, {crashes} media after a crash");
+}
+
+/// What a disk shows after an operation failed, and what a crash then leaves: before or after, and open.
+fn check_failed(run: &Run, catalogs: &[Catalog], what: &str) {
+    let check = |disk: &Disk, what: &str| {
+        let mut errors = Vec::new();
+        let found = catalogs.iter().any(|catalog| {
+            let mut catalog = catalog.clone();
+            catalog.check_any_state(disk).map_err(|error| errors.push(error)).is_ok()
+        });
+        assert!(found, "{what}:\n{}", errors.join("\n"));
+    };
+    check(&run.disk, what);
+    for newest in [false, true] {
+        let left = run.storage.crash(|_, outcomes| if newest { outcomes - 1 } else { 0 });
+        let disk = Disk::open_storage(Arc::new(left), Arc::new(Images));
+        let disk = disk.unwrap_or_else(|e| panic!("{what}: the disk does not open: {e}"));
+        check(&disk, &format!("{what}, crashed, newest {newest}"));
+        // Whatever happened, there is a way out of it.
+        disk.recover(VOLUME).unwrap_or_else(|e| panic!("{what}: does not recover: {e}"));
+        check(&disk, &format!("{what}, recovered"));
+        let volume = disk.volume(VOLUME).unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(volume.state(), VolumeState::Ready, "{what}");
+    }
+}
+
+#[test]
+fn a_life_operation_that_fails_at_any_call_has_happened_or_not() {
+    let mut points = 0;
+    for before in [Before::New, Before::OneSnapshot, Before::Snapshots, Before::SmallOverLarge] {
+        for step in STEPS {
+            for error in [ErrorKind::Other, ErrorKind::StorageFull] {
+                for nth in 0.. {
+                    let mut run = Run::new(before);
+                    run.step(Step::PartialWrite);
+                    let mut count = 0;
+                    let hit = Arc::new(AtomicBool::new(false));
+                    let seen = hit.clone();
+                    run.storage.set_faults(move |call| {
+                        let ours = error == ErrorKind::Other || call.kind.takes_space();
+                        count += u64::from(ours);
+                        (ours && count == nth + 1).then(|| {
+                            seen.store(true, Ordering::Relaxed);
+                            Fault::Error(error)
+                        })
+                    });
+                    let (mut catalogs, result) = run.attempt(step);
+                    run.storage.clear_faults();
+                    if result.is_ok() {
+                        catalogs = vec![run.catalog.clone()];
+                    }
+                    if !hit.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    points += 1;
+                    check_failed(&run, &catalogs, &format!("{before:?} {step:?} {error:?} at call {nth}"));
+                }
+            }
+        }
+    }
+    println!("{points} failed calls");
 }

@@ -18,6 +18,7 @@ mod faults;
 mod life;
 mod log;
 mod pairs;
+mod races;
 mod random;
 
 /// A number from the environment.

@@ -255,7 +255,9 @@ impl World {
         let kind = self.seed.below(12);
         let volume = &mut self.volumes[n];
         let (op, content) = match kind {
-            0..4 => (Op::Write { range, durability }, Content::Stamped),
+            0..3 => (Op::Write { range, durability }, Content::Stamped),
+            // Zeros that are data.
+            3 => (Op::Write { range, durability }, Content::Zeros),
             4..6 => (Op::Zero { range, durability }, Content::Zeros),
             6..8 => {
                 let since = volume.model.now();

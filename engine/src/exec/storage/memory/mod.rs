@@ -50,6 +50,11 @@ pub enum CallKind {
 }
 
 impl CallKind {
+    /// Whether a full medium may refuse it.
+    pub fn takes_space(self) -> bool {
+        matches!(self, CallKind::Create | CallKind::Write | CallKind::CreateDir | CallKind::Allocate)
+    }
+
     /// Whether a crash before it may leave something else than a crash after it.
     fn is_change(self) -> bool {
         !matches!(self, CallKind::Open | CallKind::Read | CallKind::DropCache | CallKind::List)
