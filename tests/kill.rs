@@ -69,8 +69,7 @@ fn write_until_killed(
                 // Half of them sync now and then, half with every write.
                 let (durability, flags) =
                     if writer % 2 == 0 { (Durability::Fsync, 0) } else { (Durability::Dsync, O_DSYNC) };
-                let file =
-                    fs::File::options().read(true).write(true).custom_flags(flags).open(path).unwrap();
+                let file = fs::File::options().read(true).write(true).custom_flags(flags).open(path).unwrap();
                 let mut dice = Dice::new(seed * 100 + writer + 1);
                 barrier.wait();
                 let ended = write_until(&file, journal, &mut dice, region(writer), durability, |flushes| {

@@ -5,7 +5,7 @@
 //! as `docs/design.md` assumes of a medium. [`MemoryStorage::kill`] is the death of the process alone: everything stays
 //! (also what a later crash may drop), open files die. Faults are injected by a hook that sees every call ([`Call`]);
 //! [`MemoryStorage::stop_at`] makes every call from a given one on fail, so that blocking code can be cut anywhere.
-//! [`file`] is the content of one file, [`names`] the directory tree.
+//! `file` is the content of one file, `names` the directory tree.
 
 mod file;
 mod names;
