@@ -301,9 +301,13 @@ struct Transport {
 impl Transport {
     fn run(self, ready: &SyncSender<io::Result<Notifier>>) {
         // Threads inherit it: `fuser` makes its serving threads from this one. A host short of memory writes dirty
-        // pages through us; we must not wait for that in turn.
+        // pages through us; the kernel must not make us wait for that in turn.
         if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-            tracing::info!(%error, "serving without the IO_FLUSHER state (it needs CAP_SYS_RESOURCE)");
+            tracing::warn!(
+                %error,
+                "serving without the IO_FLUSHER state, which needs CAP_SYS_RESOURCE: a memory limit that this process \
+                 shares with the mount's users may then stop both"
+            );
         }
         let mut config = Config::default();
         config.clone_fd = true;
