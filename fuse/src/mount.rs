@@ -9,6 +9,7 @@ use std::{
     fmt, fs,
     fs::OpenOptions,
     io,
+    num::NonZeroUsize,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -98,7 +99,8 @@ impl Mount {
     /// Mount `namespace` on `dir`, which is made if it is missing. A dead mount of ours on it is cleared away first; a
     /// living one, a foreign one and a directory with files in it are refused.
     pub fn start(dir: &Path, namespace: Arc<dyn Namespace>, mut options: MountOptions) -> Result<Mount> {
-        options.threads = options.threads.min(THREADS_MAX);
+        options.threads =
+            NonZeroUsize::new(THREADS_MAX).map_or(options.threads, |max| max.min(options.threads));
         let dir = absolute(dir)?;
         connection::clear_stale(&dir)?;
         check_directory(&dir)?;
