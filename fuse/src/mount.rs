@@ -9,6 +9,7 @@ use std::{
     fmt, fs,
     fs::OpenOptions,
     io,
+    num::NonZeroUsize,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -98,7 +99,8 @@ impl Mount {
     /// Mount `namespace` on `dir`, which is made if it is missing. A dead mount of ours on it is cleared away first; a
     /// living one, a foreign one and a directory with files in it are refused.
     pub fn start(dir: &Path, namespace: Arc<dyn Namespace>, mut options: MountOptions) -> Result<Mount> {
-        options.threads = options.threads.min(THREADS_MAX);
+        options.threads =
+            NonZeroUsize::new(THREADS_MAX).map_or(options.threads, |max| max.min(options.threads));
         let dir = absolute(dir)?;
         connection::clear_stale(&dir)?;
         check_directory(&dir)?;
@@ -301,9 +303,13 @@ struct Transport {
 impl Transport {
     fn run(self, ready: &SyncSender<io::Result<Notifier>>) {
         // Threads inherit it: `fuser` makes its serving threads from this one. A host short of memory writes dirty
-        // pages through us; we must not wait for that in turn.
+        // pages through us; the kernel must not make us wait for that in turn.
         if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-            tracing::info!(%error, "serving without the IO_FLUSHER state (it needs CAP_SYS_RESOURCE)");
+            tracing::warn!(
+                %error,
+                "serving without the IO_FLUSHER state, which needs CAP_SYS_RESOURCE: a memory limit that this process \
+                 shares with the mount's users may then stop both"
+            );
         }
         let mut config = Config::default();
         config.clone_fd = true;

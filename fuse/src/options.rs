@@ -5,7 +5,7 @@
 use std::num::NonZeroUsize;
 
 /// Most threads that serve one mount; each keeps two buffers of 1 MiB in memory.
-pub const THREADS_MAX: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
+pub const THREADS_MAX: usize = 128;
 
 /// What a mount is asked to be.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,8 @@
 //! receives into a buffer of its own in each thread and shows it to nobody, except that the names of a request lie in
 //! it. So a mount begins with as many lookups of names that do not exist as it has threads; each is held until all are
 //! there, hence in a thread of its own, and that thread locks its buffers into memory.
-//! Not here: what a device allocates to carry a write out.
+//! Not here: what a device allocates to carry a write out, and what the kernel allocates in its name. Without
+//! `IO_FLUSHER` only a memory limit that is not shared with the mount's users keeps these apart.
 
 use std::{
     ffi::OsStr,
