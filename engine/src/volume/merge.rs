@@ -2,7 +2,7 @@
 //!
 //! Deleting a snapshot only takes its name away; this does the rest, in bounded batches, whenever it is called: a crash
 //! in between loses nothing, because a block that was brought up reads the same from above. Bytes go the way on which
-//! fewer have to be copied: up into the child, or down from a frozen child ([`super::fold`]).
+//! fewer have to be copied: up into the child, or down from a frozen child (`fold.rs`).
 //!
 //! Into a *head*, blocks come up through the core, so that they never run over a client's write (block ownership); a
 //! layer that is much larger than the head over it stays where it is, and only what the head hides is given back. Into a
