@@ -103,6 +103,7 @@ mod tests {
             (Error::InUse { kind, name, by: what.clone() }, Errno::EBUSY),
             (Error::Invalid(what), Errno::EINVAL),
             (Error::Busy { limit: "X_MAX" }, Errno::EBUSY),
+            (Error::Uncertain { source: Box::new(Error::Closed) }, Errno::EIO),
             (Error::Closed, Errno::ENODEV),
         ];
         for (error, number) in table {

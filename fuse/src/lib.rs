@@ -28,6 +28,7 @@ mod namespace;
 mod options;
 mod served;
 mod tree;
+mod warm;
 
 pub use error::{MountError, Result};
 pub use handles::IoPath;

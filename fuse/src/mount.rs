@@ -38,6 +38,7 @@ use crate::{
     options::{MountOptions, THREADS_MAX},
     served::Served,
     tree::{Owner, Tree},
+    warm::Warming,
 };
 
 /// How long INIT may take.
@@ -96,7 +97,8 @@ struct End {
 impl Mount {
     /// Mount `namespace` on `dir`, which is made if it is missing. A dead mount of ours on it is cleared away first; a
     /// living one, a foreign one and a directory with files in it are refused.
-    pub fn start(dir: &Path, namespace: Arc<dyn Namespace>, options: MountOptions) -> Result<Mount> {
+    pub fn start(dir: &Path, namespace: Arc<dyn Namespace>, mut options: MountOptions) -> Result<Mount> {
+        options.threads = options.threads.min(THREADS_MAX);
         let dir = absolute(dir)?;
         connection::clear_stale(&dir)?;
         check_directory(&dir)?;
@@ -107,6 +109,7 @@ impl Mount {
             handles: Handles::default(),
             started: SystemTime::now(),
             passthrough: AtomicBool::new(false),
+            warming: Warming::new(options.threads.get()),
             options,
         });
         let device = OpenOptions::new().read(true).write(true).open(connection::DEVICE);
@@ -168,6 +171,7 @@ impl Mount {
             .recv_timeout(HANDSHAKE_MAX)
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             .map_err(|e| MountError::io("start serving", &dir, e))?;
+        served.warming.gather(&dir, served.options.threads.get());
         connection::raise_read_ahead(entry.device);
         let invalidator = Invalidator::start(notifier, served.tree.clone())?;
         Ok(Mount { dir, entry, served, end, invalidator, stopped: AtomicBool::new(false) })
@@ -303,7 +307,7 @@ impl Transport {
         }
         let mut config = Config::default();
         config.clone_fd = true;
-        config.n_threads = Some(self.served.options.threads.get().min(THREADS_MAX));
+        config.n_threads = Some(self.served.options.threads.get());
         // Who may enter is checked by the kernel; `fuser` would refuse requests that the kernel sends for nobody.
         let session = Session::from_fd(Classic(self.served.clone()), self.device, SessionACL::All, config);
         let result = session.and_then(|session| {

@@ -4,8 +4,8 @@
 
 use std::num::NonZeroUsize;
 
-/// Most threads that serve one mount; each reserves 16 MiB of address space and touches what its requests need.
-pub const THREADS_MAX: usize = 128;
+/// Most threads that serve one mount; each keeps two buffers of 1 MiB in memory.
+pub const THREADS_MAX: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
 
 /// What a mount is asked to be.
 #[derive(Clone, Debug, PartialEq, Eq)]

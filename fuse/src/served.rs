@@ -22,12 +22,14 @@ use bedplate_engine::{device::Access, error::Error};
 use fuser::{BackingId, Errno, FileAttr, FileHandle, FileType, Generation, INodeNo, OpenAccMode, OpenFlags};
 
 use crate::{
+    buffer::with_aligned,
     device_file::{self, Allocation, Seek},
     errno::Fault,
     handles::{Handle, Handles, Listed, Route, TooMany},
     namespace::{FileEntry, FileId, Kind, Namespace},
     options::MountOptions,
     tree::{self, Full, Node, Owner, Tree},
+    warm::Warming,
 };
 
 /// The files of one mount.
@@ -41,6 +43,8 @@ pub(crate) struct Served {
     pub(crate) started: SystemTime,
     /// Whether the kernel offers passthrough; INIT says.
     pub(crate) passthrough: AtomicBool,
+    /// Over once the mount has started.
+    pub(crate) warming: Warming,
 }
 
 type Answer<T> = Result<T, Errno>;
@@ -66,7 +70,11 @@ impl Served {
     pub(crate) fn lookup(&self, parent: INodeNo, name: &OsStr) -> Answer<(FileAttr, Generation)> {
         self.answer("lookup", || match self.node(parent)? {
             Node::Root => {
-                let kind = Kind::ALL.into_iter().find(|kind| name == kind.directory()).ok_or(NOT_FOUND)?;
+                let kind = Kind::ALL.into_iter().find(|kind| name == kind.directory());
+                let kind = kind.ok_or_else(|| {
+                    self.warming.attend(name);
+                    NOT_FOUND
+                })?;
                 Ok((tree::directory_attr(kind, self.owner, self.started), Generation(0)))
             }
             Node::Directory(kind) => {
@@ -143,7 +151,11 @@ impl Served {
     /// Write, and say how much. `flags` are those of the request: the handle's, or of this one write.
     pub(crate) fn write(&self, fh: FileHandle, data: &[u8], offset: u64, flags: OpenFlags) -> Answer<usize> {
         let durability = device_file::durability(flags.0);
-        self.with(fh, "write", |handle| device_file::write(&*handle.device, data, offset, durability))
+        self.with(fh, "write", |handle| {
+            let write = |data: &[u8]| device_file::write(&*handle.device, data, offset, durability);
+            // The kernel was told never to send as much.
+            with_aligned(data, offset, write).unwrap_or(Err(Fault::Refused(Errno::EINVAL)))
+        })
     }
 
     pub(crate) fn flush(&self, fh: FileHandle) -> Answer<()> {

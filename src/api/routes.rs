@@ -2,7 +2,7 @@
 //!
 //! Owns paths, methods and status codes, and with them the OpenAPI document, which is made from the same annotations.
 //! Decides nothing about images or volumes. Calls on the node run where blocking is allowed; a job that ends within
-//! [`JOB_GRACE`] is answered as ended, so that short ones need no second request.
+//! `JOB_GRACE` is answered as ended, so that short ones need no second request.
 
 use std::{sync::Arc, time::Duration};
 

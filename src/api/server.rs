@@ -1,8 +1,8 @@
 //! The server: a Unix socket, its limits, and how it stops.
 //!
 //! Owns the socket file (a stale one is replaced only when nobody answers on it), its mode, and every bound on what
-//! clients may do at once. A connection that sends nothing is closed after [`IDLE_MAX`], a request that is not answered
-//! within [`ANSWER_MAX`] is answered *timed out* while its work goes on. Stopping answers what is in work, and refuses
+//! clients may do at once. A connection that sends nothing is closed after `IDLE_MAX`, a request that is not answered
+//! within `ANSWER_MAX` is answered *timed out* while its work goes on. Stopping answers what is in work, and refuses
 //! the rest.
 
 use std::{

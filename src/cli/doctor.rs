@@ -102,9 +102,10 @@ pub async fn run(args: DoctorArgs, socket: Option<PathBuf>) -> Result<(), Failur
     match settings.load(args.config.as_deref()) {
         Ok(config) => {
             checks.push(Check::ok("settings", "sound"));
-            checks.extend(config.disks.iter().map(|disk| disk_directory(disk)));
-            checks.push(mount(&config));
-            checks.extend(node(&config).await);
+            let (node, places) = node(&config).await;
+            checks.extend(places.disks.iter().map(|disk| disk_directory(disk)));
+            checks.push(mount(&places.mount));
+            checks.extend(node);
         }
         Err(error) => {
             checks.push(Check::fail(
@@ -256,13 +257,13 @@ fn try_direct_io(dir: &Path) -> io::Result<()> {
 }
 
 /// What is mounted where the node will mount; found without a look beneath, which would hang on a dead mount.
-fn mount(config: &Config) -> Check {
-    let name = format!("mount {}", config.mount.display());
+fn mount(dir: &Path) -> Check {
+    let name = format!("mount {}", dir.display());
     let table = match fs::read_to_string("/proc/self/mountinfo") {
         Ok(table) => table,
         Err(error) => return Check::warn(name, error.to_string(), "mount /proc"),
     };
-    let wanted = config.mount.display().to_string();
+    let wanted = dir.display().to_string();
     let kinds: Vec<&str> = table
         .lines()
         .filter(|line| line.split(' ').nth(4) == Some(wanted.as_str()))
@@ -270,7 +271,7 @@ fn mount(config: &Config) -> Check {
         .collect();
     match kinds.as_slice() {
         [] => Check::ok(name, "free"),
-        [.., kind] if kind.starts_with("fuse") && is_dead(&config.mount) => Check::warn(
+        [.., kind] if kind.starts_with("fuse") && is_dead(dir) => Check::warn(
             name,
             "a mount whose node is gone",
             "the next `bedplate serve` clears it away; or umount -l it",
@@ -285,15 +286,27 @@ fn is_dead(mount: &Path) -> bool {
     fs::metadata(mount).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
 }
 
+/// The directories that matter: those of the running node, or else those of the settings.
+struct Places {
+    disks: Vec<PathBuf>,
+    mount: PathBuf,
+}
+
 /// The running node, if there is one.
-async fn node(config: &Config) -> Vec<Check> {
+async fn node(config: &Config) -> (Vec<Check>, Places) {
     let name = format!("socket {}", config.socket.display());
+    let configured = Places { disks: config.disks.clone(), mount: config.mount.clone() };
     let info = match Client::new(&config.socket).node().await {
         Ok(info) => info,
-        Err(Error::Unreachable { .. }) => return vec![Check::ok(name, "free; no node runs")],
+        Err(Error::Unreachable { .. }) => return (vec![Check::ok(name, "free; no node runs")], configured),
         Err(error) => {
-            return vec![Check::fail(name, error.to_string(), "look at the log of what answers there")];
+            let advice = "look at the log of what answers there";
+            return (vec![Check::fail(name, error.to_string(), advice)], configured);
         }
+    };
+    let places = Places {
+        disks: info.disks.iter().map(|disk| PathBuf::from(&disk.path)).collect(),
+        mount: info.mount.as_ref().map_or(configured.mount, PathBuf::from),
     };
     let mut checks =
         vec![Check::ok(name, format!("a node of version {} runs, process {}", info.version, info.pid))];
@@ -308,7 +321,7 @@ async fn node(config: &Config) -> Vec<Check> {
         let advice = format!("it belongs to a node that is gone: unmount it, then losetup -d {device}");
         checks.push(Check::warn("loop device", format!("{device} is stale"), advice));
     }
-    checks
+    (checks, places)
 }
 
 #[cfg(test)]

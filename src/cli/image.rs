@@ -180,12 +180,15 @@ fn table(images: &[Image]) -> String {
 /// Why it is not ready, or how far it is.
 fn remark(image: &Image) -> String {
     let copies = || image.copies.iter();
-    let message = copies().find_map(|copy| copy.message.clone());
+    let message = copies().find_map(|copy| copy.message.as_deref().map(output::shortened));
     message.or_else(|| copies().find_map(|copy| copy.progress.as_ref()).map(progress)).unwrap_or_default()
 }
 
 fn progress(progress: &Progress) -> String {
     let phase = output::word(progress.phase);
+    if let Some(error) = progress.last_error.as_deref().filter(|_| progress.next_retry_at.is_some()) {
+        return format!("attempt {} failed: {}", progress.attempt, output::shortened(error));
+    }
     match progress.total_bytes {
         Some(total) if total > 0 => {
             format!(

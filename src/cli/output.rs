@@ -11,6 +11,9 @@ use serde::Serialize;
 
 use super::{exit::Failure, size};
 
+/// Characters of a remark at the end of a line; `get` has all of it.
+const REMARK_LEN_MAX: usize = 60;
+
 /// What `-o` takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Output {
@@ -100,6 +103,14 @@ pub fn time(at: Option<Timestamp>) -> String {
 /// A text, `-` when there is none.
 pub fn text(text: Option<impl ToString>) -> String {
     text.map_or_else(none, |text| text.to_string())
+}
+
+/// A text cut to what a line of a listing has room for.
+pub fn shortened(text: &str) -> String {
+    match text.char_indices().nth(REMARK_LEN_MAX) {
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or(text)),
+        None => text.to_owned(),
+    }
 }
 
 /// A state as it is written in JSON.

@@ -3,7 +3,7 @@
 //! Owns the order of both. Start: state directory, disk locks, images, volumes, mount, loop devices of a node that is
 //! gone, and only then the socket, so that whoever can connect finds everything. End, on SIGTERM or SIGINT: refuse new
 //! work, answer what is in work, stop jobs, detach, unmount, flush. Each step has a deadline; a second signal aborts.
-//! The parts are in the files beside this one, each call of the API in [`node`].
+//! The parts are in the files beside this one, each call of the API in `node.rs`.
 
 mod attach;
 mod bases;
@@ -20,9 +20,7 @@ mod view;
 mod volumes;
 
 use std::{
-    io,
-    path::PathBuf,
-    process,
+    io, process,
     sync::{Arc, Mutex, atomic::AtomicBool},
     time::{Duration, Instant},
 };
@@ -128,12 +126,12 @@ async fn serve(config: Config) -> Result<(), Error> {
     let node = tokio::task::spawn_blocking(move || start(&config, handle))
         .await
         .map_err(|error| Error::Io { what: "start".to_owned(), source: io::Error::other(error) })??;
-    let listener = match bind(socket).await {
+    let listener = match Listener::bind(&socket) {
         Ok(listener) => listener,
         Err(error) => {
             // The reason that counts is that there is no socket.
             drop(stop(node).await);
-            return Err(error);
+            return Err(error.into());
         }
     };
     tracing::info!(
@@ -216,11 +214,6 @@ fn mount_options(config: &Config) -> MountOptions {
     }
 }
 
-async fn bind(socket: PathBuf) -> Result<Listener, Error> {
-    // Not on a thread of its own: the listener belongs to this runtime, and binding takes no time.
-    Ok(Listener::bind(&socket)?)
-}
-
 /// A volume whose image is in doubt is opened as soon as the image has been verified again.
 fn reopen_in_doubt(node: &Arc<LocalNode>) {
     for located in node.volumes.all() {
@@ -228,9 +221,8 @@ fn reopen_in_doubt(node: &Arc<LocalNode>) {
         let (true, Some(image)) = (located.open().is_err(), info.image) else { continue };
         let node = node.clone();
         tokio::spawn(async move {
-            if node.images.wait(&image.uuid.to_string(), REOPEN_WAIT).await.is_err() {
-                return;
-            }
+            // Whatever came of it, the volume's reason is told anew.
+            drop(node.images.wait(&image.uuid.to_string(), REOPEN_WAIT).await);
             let disk = located.disk.clone();
             let name = located.name.clone();
             let reopened = tokio::task::spawn_blocking(move || disk.reopen(&name)).await;
@@ -263,7 +255,7 @@ fn stop_blocking(node: &LocalNode) -> Result<(), Error> {
         tracing::warn!(object = %job, "a job did not stop in time");
     }
     for device in node.attachments.shut_down() {
-        tracing::warn!(device = %device.display(), "still in use; from now on it gives errors");
+        tracing::warn!(device = %device.display(), "still in use; it gives errors once the mount is gone");
     }
     let mount = node.mount().take();
     match mount.map(|mount| mount.stop(MOUNT_GRACE)) {

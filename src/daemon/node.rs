@@ -14,6 +14,7 @@ use std::{
 
 use bedplate_engine::{
     device::BlockDevice,
+    error::Error as Engine,
     units::ByteLen,
     volume::{life::Origin as VolumeOrigin, record::ImageRef},
 };
@@ -73,6 +74,23 @@ impl LocalNode {
         match self.closing.load(Ordering::Acquire) {
             true => Err(Refusal::new(Code::ShuttingDown, "the node is shutting down")),
             false => Ok(()),
+        }
+    }
+
+    /// A volume that is open, so that it can be worked with.
+    fn find_open(&self, name: &str) -> Result<Located> {
+        let located = self.volumes.find(name)?;
+        match located.open() {
+            Ok(_) => Ok(located),
+            Err(Engine::Failed { reason }) => {
+                let name = &located.served;
+                let detail = format!(
+                    "volume {name:?} is not served: {reason}; once that is mended, `bedplate volume recover {name}` \
+                     opens it"
+                );
+                Err(Refusal::new(Code::Faulted, detail))
+            }
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -169,7 +187,7 @@ impl LocalNode {
         match origin {
             Origin::Image(name) => Ok(self.images.open_device(name)?),
             Origin::Volume { name, snapshot } => {
-                let located = self.volumes.find(name)?;
+                let located = self.find_open(name)?;
                 Ok(self.views.open(&located, snapshot.as_deref())?)
             }
         }
@@ -294,7 +312,7 @@ impl Node for LocalNode {
 
     fn resize_volume(&self, name: &str, request: ResizeVolume) -> Result<Volume> {
         self.admit()?;
-        let located = self.volumes.find(name)?;
+        let located = self.find_open(name)?;
         let info = located.disk.resize(&located.name, ByteLen(request.size_bytes))?;
         self.tell(Change::Content { file: FileId::volume(located.uuid) });
         if self.attachments.device(located.uuid).is_some() {
@@ -307,7 +325,7 @@ impl Node for LocalNode {
 
     fn clone_volume(&self, name: &str, request: CloneVolume) -> Result<Job> {
         self.admit()?;
-        let located = self.volumes.find(name)?;
+        let located = self.find_open(name)?;
         let CloneVolume { name: new, snapshot, method } = request;
         // Refused at once where it can be; the job reserves the name for itself.
         drop(self.volumes.reserve(&new)?);
@@ -328,7 +346,7 @@ impl Node for LocalNode {
 
     fn flatten_volume(&self, name: &str) -> Result<Job> {
         self.admit()?;
-        let located = self.volumes.find(name)?;
+        let located = self.find_open(name)?;
         self.jobs.start(JobKind::VolumeFlatten, located.served.clone(), move |control| {
             located.disk.flatten(&located.name, |done, total| control.go_on(done, total))?;
             Ok(None)
@@ -346,8 +364,7 @@ impl Node for LocalNode {
 
     fn attach_volume(&self, name: &str) -> Result<Volume> {
         self.admit()?;
-        let located = self.volumes.find(name)?;
-        located.open()?;
+        let located = self.find_open(name)?;
         if let Readiness::NotReady(why) = self.readiness() {
             return Err(Refusal::new(Code::NotReady, format!("volume {name:?} has no file: {why}")));
         }
@@ -367,7 +384,7 @@ impl Node for LocalNode {
 
     fn create_snapshot(&self, volume: &str, request: CreateSnapshot) -> Result<Snapshot> {
         self.admit()?;
-        let located = self.volumes.find(volume)?;
+        let located = self.find_open(volume)?;
         let info = located.disk.create_snapshot(&located.name, &request.name)?;
         let made = info.snapshots.into_iter().find(|snapshot| snapshot.name == request.name);
         made.map(show::snapshot).ok_or_else(|| {
@@ -380,7 +397,7 @@ impl Node for LocalNode {
 
     fn delete_snapshot(&self, volume: &str, name: &str) -> Result<Job> {
         self.admit()?;
-        let located = self.volumes.find(volume)?;
+        let located = self.find_open(volume)?;
         located.disk.delete_snapshot(&located.name, name)?;
         let object = format!("{}@{name}", located.served);
         self.jobs.start(JobKind::SnapshotDelete, object, move |control| reclaim(&located.disk, control))
@@ -388,7 +405,7 @@ impl Node for LocalNode {
 
     fn revert_volume(&self, volume: &str, snapshot: &str, request: RevertVolume) -> Result<Volume> {
         self.admit()?;
-        let located = self.volumes.find(volume)?;
+        let located = self.find_open(volume)?;
         self.check_detached(&located)?;
         let info = located.disk.revert(&located.name, snapshot, request.snapshot_first.as_deref())?;
         self.tell(Change::Content { file: FileId::volume(located.uuid) });
@@ -423,6 +440,10 @@ impl Node for LocalNode {
                 (JobKind::VolumeExport, format!("{name}{at}"))
             }
         };
+        // Before the view, which costs a layer.
+        if existing == export::Existing::Refuse && path.symlink_metadata().is_ok() {
+            return Err(Engine::Exists { kind: "file", name: request.path }.into());
+        }
         let device = self.view(&origin)?;
         self.jobs.start(kind, object, move |control| {
             export_file(device.as_ref(), Path::new(&path), existing, &control.meter, &control.stop)?;

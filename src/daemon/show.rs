@@ -60,7 +60,7 @@ pub fn image(info: images::ImageInfo, disk_path: impl Fn(uuid::Uuid) -> String) 
         virtual_size_bytes: info.virtual_size_bytes,
         allocated_bytes: info.allocated_bytes,
         sha512: info.sha512,
-        source: info.source,
+        source: without_query(info.source),
         copies: copies.collect(),
         created_at: info.created_at,
     }
@@ -123,4 +123,23 @@ pub fn recovered(recovered: Recovered) -> types::RecoverReport {
         );
     }
     report
+}
+
+/// A source as people may see it: signatures are in the queries of URLs. The record keeps it whole, to fetch it again.
+fn without_query(source: String) -> String {
+    match source.split_once('?') {
+        Some((url, _)) if url.starts_with("http://") || url.starts_with("https://") => format!("{url}?..."),
+        Some(_) | None => source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signed_url_is_shown_without_its_signature() {
+        assert_eq!(without_query("https://host/a.raw?sig=secret".into()), "https://host/a.raw?...");
+        assert_eq!(without_query("/srv/what?.raw".into()), "/srv/what?.raw");
+    }
 }

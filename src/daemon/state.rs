@@ -12,7 +12,7 @@ use std::{
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// A directory that the node's user alone looks into.
+/// A directory that only the node writes to; the mount and the socket in it are for others, too.
 #[derive(Clone, Debug)]
 pub struct StateDir(PathBuf);
 

@@ -31,7 +31,7 @@ pub struct Located {
 }
 
 impl Located {
-    /// The volume, if it could be opened.
+    /// The volume, if it could be opened. The error of one that could not be is its reason, without its name.
     pub fn open(&self) -> Result<Arc<Volume>> {
         self.disk.volume(&self.name)
     }

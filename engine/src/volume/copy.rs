@@ -56,6 +56,7 @@ impl Disk {
         if added.is_err() {
             self.settle(uuid);
             self.collect();
+            self.sweep();
         }
         added
     }

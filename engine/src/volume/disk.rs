@@ -112,6 +112,7 @@ impl Held {
         });
         disk.open_volumes()?;
         disk.collect();
+        disk.sweep();
         disk.drop_temporary_snapshots();
         Ok(disk)
     }
@@ -128,17 +129,39 @@ impl Disk {
         Held::over(storage, None)?.serve(bases)
     }
 
-    /// Try again to open a volume that could not be opened, for a reason that has passed. Without one there is nothing
-    /// to do.
+    /// Try again to open a volume that could not be opened, for a reason that may have passed. One that is open stays
+    /// as it is.
     pub fn reopen(&self, volume: &str) -> Result<()> {
         let _life = self.life();
-        let broken = self.tree().broken.iter().find(|broken| broken.name == volume).cloned();
-        let Some(Broken { record: Some(record), .. }) = broken else { return Ok(()) };
-        let opened = self.open_volume(record.clone())?;
+        if self.tree().volumes.contains_key(volume) {
+            return Ok(());
+        }
+        let record = self.broken_record(volume)?;
+        let opened = self.open_volume(record.clone());
         let mut tree = self.tree();
-        tree.broken.retain(|broken| broken.name != volume);
-        tree.volumes.insert(record.name, Arc::new(opened));
-        Ok(())
+        match opened {
+            Ok(opened) => {
+                tree.broken.retain(|broken| broken.name != volume);
+                tree.volumes.insert(record.name, Arc::new(opened));
+                Ok(())
+            }
+            Err(error) => {
+                let known = tree.broken.iter_mut().filter(|broken| broken.name == volume);
+                known.for_each(|broken| broken.reason = error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    /// The record of a volume that could not be opened.
+    pub(super) fn broken_record(&self, volume: &str) -> Result<VolumeRecord> {
+        let tree = self.tree();
+        let broken = tree.broken.iter().find(|broken| broken.name == volume);
+        let broken = broken.ok_or_else(|| Error::NotFound { kind: "volume", name: volume.into() })?;
+        broken
+            .record
+            .clone()
+            .ok_or_else(|| Error::Invalid(format!("{}; nothing tells its layers", broken.reason)))
     }
 
     pub fn id(&self) -> Uuid {
@@ -335,35 +358,37 @@ impl Disk {
         self.tree().pending.remove(&layer);
     }
 
-    /// Remove the layers that no record lists. Errors are logged: the next start tries again.
+    /// Take the layers that no record lists out of use; [`Disk::sweep`] removes their files.
     pub(super) fn collect(&self) {
-        let used: HashSet<Uuid> = {
-            let mut tree = self.tree();
-            if !tree.is_whole() {
-                tracing::warn!(disk = %self.path().display(), "nothing is collected: a record is unreadable");
-                return;
-            }
-            tree.forget_unused();
-            let records = tree.records();
-            let listed = records.iter().flat_map(|record| record.layers.iter().map(|layer| layer.uuid));
-            listed.chain(tree.pending.iter().copied()).collect()
+        let names = match self.storage.list(LAYERS) {
+            Ok(names) => names,
+            Err(error) => return tracing::warn!(%error, "nothing is collected"),
         };
-        let collected = self.storage.list(LAYERS).and_then(|names| {
-            let unused = names
-                .into_iter()
-                .filter(|(name, kind)| {
-                    *kind == EntryKind::Directory
-                        && Uuid::try_parse(name).is_ok_and(|uuid| !used.contains(&uuid))
-                })
-                .collect::<Vec<_>>();
-            for (name, _) in &unused {
-                tracing::info!(layer = %name, "collected: no record lists it");
-                layer::remove(&*self.storage, &format!("{LAYERS}/{name}"))?;
+        let mut tree = self.tree();
+        if !tree.is_whole() {
+            tracing::warn!(disk = %self.path().display(), "nothing is collected: a record is unreadable");
+            return;
+        }
+        tree.forget_unused();
+        let records = tree.records();
+        let listed = records.iter().flat_map(|record| record.layers.iter().map(|layer| layer.uuid));
+        let used: HashSet<Uuid> = listed.chain(tree.pending.iter().copied()).collect();
+        let layers = names.into_iter().filter(|(_, kind)| *kind == EntryKind::Directory);
+        let unused =
+            layers.filter_map(|(name, _)| Uuid::try_parse(&name).ok().filter(|uuid| !used.contains(uuid)));
+        tree.unused.extend(unused);
+    }
+
+    /// Remove what was collected. Errors are logged: the next start tries again.
+    pub(super) fn sweep(&self) {
+        let unused = std::mem::take(&mut self.tree().unused);
+        for layer in unused {
+            match layer::remove(&*self.storage, &layer::dir(layer)) {
+                Ok(()) => tracing::info!(%layer, "collected: no record lists it"),
+                // Another sweep was faster.
+                Err(error) if error.is_not_found() => {}
+                Err(error) => tracing::warn!(%layer, %error, "not collected"),
             }
-            Ok(())
-        });
-        if let Err(error) = collected {
-            tracing::warn!(%error, "could not collect everything");
         }
     }
 }

@@ -5,7 +5,7 @@
 //! behind a barrier, while reads go on: sync early, stop admitting, wait, commit, make files, switch, admit again.
 
 use std::{
-    sync::{Arc, PoisonError},
+    sync::{Arc, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -48,6 +48,20 @@ pub enum Origin {
     Image(ImageRef),
 }
 
+/// The lock of life operations. Layers that were collected under it are removed once it is free: removing a large,
+/// scattered file can take a file system minutes.
+pub(super) struct Life<'a> {
+    disk: &'a Disk,
+    lock: Option<MutexGuard<'a, ()>>,
+}
+
+impl Drop for Life<'_> {
+    fn drop(&mut self) {
+        self.lock = None;
+        self.disk.sweep();
+    }
+}
+
 impl Disk {
     /// Create a volume: over an image at the image's virtual size or `size`, or empty at `size`. Sizes round up to 512.
     pub fn create_volume(&self, name: &str, origin: Origin, size: Option<ByteLen>) -> Result<VolumeInfo> {
@@ -78,17 +92,26 @@ impl Disk {
         self.add_volume(record, head)
     }
 
-    /// Delete a volume and collect what only it needed.
+    /// Delete a volume and collect what only it needed. One that could not be opened goes too, as long as its record
+    /// can be read; without that, nobody knows what it needed.
     pub fn delete_volume(&self, name: &str) -> Result<()> {
         let life = self.life();
-        let volume = self.volume(name)?;
-        let claim = volume.claim("it is being deleted")?;
-        let dir = format!("{VOLUMES}/{}", volume.record().dir_name());
+        let open = self.tree().volumes.get(name).cloned();
+        let claim = open.as_ref().map(|volume| volume.claim("it is being deleted")).transpose()?;
+        let record = match &open {
+            Some(volume) => volume.record(),
+            None => self.broken_record(name)?,
+        };
+        let dir = format!("{VOLUMES}/{}", record.dir_name());
         let gone = format!("{VOLUMES}/{TEMPORARY}{}", Uuid::new_v4());
         self.storage.rename(&dir, &gone)?;
-        self.tree().volumes.remove(name);
+        {
+            let mut tree = self.tree();
+            tree.volumes.remove(name);
+            tree.broken.retain(|broken| broken.name != name);
+        }
         drop(claim);
-        drop(volume);
+        drop(open);
         self.storage.sync_dir(VOLUMES)?;
         remove_volume_dir(&*self.storage, &gone)?;
         self.collect();
@@ -271,8 +294,8 @@ impl Disk {
         }
     }
 
-    pub(super) fn life(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn life(&self) -> Life<'_> {
+        Life { disk: self, lock: Some(self.life.lock().unwrap_or_else(PoisonError::into_inner)) }
     }
 
     pub(super) fn check_absent(&self, name: &str) -> Result<()> {

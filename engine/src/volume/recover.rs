@@ -51,15 +51,7 @@ impl Disk {
         let claim = open.as_ref().map(|volume| volume.claim("it is being recovered")).transpose()?;
         let record = match &open {
             Some(volume) => volume.record(),
-            None => {
-                let tree = self.tree();
-                let broken = tree.broken.iter().find(|broken| broken.name == volume);
-                let broken = broken.ok_or_else(|| Error::NotFound { kind: "volume", name: volume.into() })?;
-                broken
-                    .record
-                    .clone()
-                    .ok_or_else(|| Error::Invalid(format!("{}; nothing tells its layers", broken.reason)))?
-            }
+            None => self.broken_record(volume)?,
         };
         // A head that takes writes is whole, and its files are being written to.
         let whole = open.as_ref().is_some_and(|volume| volume.live().is_ok()).then_some(record.head);

@@ -52,6 +52,8 @@ pub(super) struct Tree {
     pub broken: Vec<Broken>,
     /// Layers that are being made and that no record lists yet.
     pub pending: HashSet<Uuid>,
+    /// Layers that no record lists and whose files are still there.
+    pub unused: HashSet<Uuid>,
     slots: HashMap<Uuid, (Slot, Arc<dyn StorageFile>)>,
     next_slot: u32,
     frozen: HashMap<Uuid, Frozen>,

@@ -110,3 +110,30 @@ fn an_unreadable_record_is_listed_with_its_reason_and_stops_collection_only() {
     disk.delete_volume("w").expect("deleted");
     assert!(layer_file(&fixture, "map").exists(), "nothing of the unreadable volume is collected");
 }
+
+#[test]
+fn a_volume_whose_image_is_gone_is_opened_again_when_it_is_back_and_can_be_deleted_when_it_is_not() {
+    let fixture = Fixture::new();
+    let image = fixture.image(&[7; 8192]);
+    let disk = fixture.disk();
+    for name in ["a", "b"] {
+        disk.create_volume(name, Origin::Image(image.clone()), None).expect("created");
+    }
+    drop(disk);
+    let file = fixture.path().join(image.uuid.to_string());
+    let aside = fixture.path().join("aside");
+    std::fs::rename(&file, &aside).expect("moved");
+    let disk = fixture.disk();
+    assert!(disk.volumes().iter().all(|info| matches!(info.state, VolumeState::Failed { .. })));
+    assert!(disk.reopen("a").is_err(), "the reason has not passed");
+
+    disk.delete_volume("b").expect("a way out");
+    assert_eq!(disk.volumes().len(), 1);
+    std::fs::rename(&aside, &file).expect("moved back");
+    disk.reopen("a").expect("the reason has passed");
+    let mut block = [0; 4096];
+    disk.volume("a").expect("open").read_at(&mut block, 4096).expect("read");
+    assert_eq!(block, [7; 4096]);
+    let layers = std::fs::read_dir(fixture.path().join("disk/layers")).expect("listed").count();
+    assert_eq!(layers, 1, "the deleted volume's layer is collected");
+}

@@ -11,6 +11,7 @@ use std::{
 use bedplate_fuse::{Mount, MountError, MountOptions, Stopped};
 use nix::{
     libc,
+    mount::{MntFlags, umount2},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -20,8 +21,8 @@ use crate::{
     memory::{MemoryDevice, MemoryNamespace},
 };
 
-/// A process that serves a mount; killed when the test is over.
-struct Victim(Child, BufReader<ChildStdout>);
+/// A process that serves a mount; killed when the test is over, and its mount with it.
+struct Victim(Child, BufReader<ChildStdout>, PathBuf);
 
 impl Victim {
     fn start(dir: &Path) -> Victim {
@@ -35,7 +36,7 @@ impl Victim {
         let mut output = BufReader::new(child.stdout.take().unwrap());
         output.read_line(&mut line).unwrap();
         assert_eq!(line, "mounted\n");
-        Victim(child, output)
+        Victim(child, output, dir.into())
     }
 
     fn signal(&self, signal: Signal) {
@@ -50,8 +51,8 @@ impl Victim {
 
 impl Drop for Victim {
     fn drop(&mut self) {
-        // A test may have done both already.
-        let _ = (self.0.kill(), self.0.wait());
+        // A test may have done all three already.
+        let _ = (self.0.kill(), self.0.wait(), umount2(&self.2, MntFlags::MNT_DETACH));
     }
 }
 
@@ -112,6 +113,17 @@ fn a_process_that_is_stopped_but_lives_is_refused_without_touching_its_mount() {
     victim.kill();
     drop(start(&dir).unwrap());
     assert_eq!(mounts_on(&dir), 0);
+}
+
+#[test]
+fn a_mount_has_the_memory_of_its_requests_before_the_first_one() {
+    let parent = tempfile::tempdir().unwrap();
+    let victim = Victim::start(&parent.path().join("mnt"));
+    let status = fs::read_to_string(format!("/proc/{}/status", victim.0.id())).unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let kib: usize = resident.trim().trim_end_matches(" kB").parse().unwrap();
+    // Each thread receives a request into one buffer and reads into another.
+    assert!(kib >= MountOptions::default().threads.get() * 2 * 1024, "{kib} KiB");
 }
 
 #[test]

@@ -1,0 +1,17 @@
+//! Black-box tests of the built program: what a user does, with the tools that a user has.
+//!
+//! One test binary. Each module is a subject, each test a node of its own ([`util::node`]) in a temporary directory,
+//! with its own disk, mount and socket. What a peer can judge, a peer judges: `qemu-img`, `fio`, `fsck`, `sha512sum`,
+//! `strace`. They need root (mounts, loop devices, control groups) and the programs that `tools/test` installs.
+//! `BEDPLATE_LONG=1` runs the sizes and times that a release is judged by; without it everything takes a few minutes.
+
+#![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
+
+mod block_device;
+mod farm;
+mod kill;
+mod lifecycle;
+mod main_job;
+mod memory;
+mod trace;
+mod util;
