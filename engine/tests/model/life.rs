@@ -403,12 +403,13 @@ fn run_workload(before: Before, workload: &[Step], seed: &mut Seed) -> (u64, u64
     run.storage.record_cuts();
     let mut catalogs = run.step(*last);
     let cuts = run.storage.take_cuts();
+    let every = setting("BEDPLATE_LIFE_CUTS", 3);
     let (points, mut crashes) = (cuts.len(), 0);
     for (n, cut) in cuts.into_iter().enumerate() {
         let ended = n + 1 == points;
         if ended {
             catalogs = vec![run.catalog.clone()];
-        } else if workload.len() > 2 && !seed.one_in(6) {
+        } else if workload.len() > 1 && !seed.one_in(every) {
             continue;
         }
         let what = format!("{before:?} {workload:?} cut at {n} of {points}");
