@@ -1,1 +1,153 @@
-//! soon
+//! A node's start and end: signals, busy mounts, second nodes, what a killed one left, and volumes that cannot be read.
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::unix::fs::FileExt,
+};
+
+use nix::sys::signal::Signal;
+
+use crate::util::{
+    content::{MIB, pattern, read_at},
+    node::Node,
+    run::{run, until},
+};
+
+#[test]
+fn sigterm_and_sigint_flush_unmount_and_exit_with_0() {
+    let mut node = Node::start();
+    node.run("volume create v --size 16M");
+    for (n, signal) in [(1, Signal::SIGTERM), (2, Signal::SIGINT)] {
+        node.write("v", 4096 * n, &pattern(MIB, n));
+        assert_eq!(node.stop(signal).code(), Some(0), "{}", node.log());
+        assert!(node.mounts().is_empty());
+        assert!(!node.path("socket").exists());
+        node.restart();
+        // Without any sync of the writer's.
+        assert_eq!(read_at(&node.volume("v"), 4096 * n, MIB), pattern(MIB, n));
+    }
+}
+
+#[test]
+fn a_busy_mount_is_detached_and_that_is_said_and_the_next_node_serves() {
+    let mut node = Node::start();
+    node.run("volume create v --size 16M");
+    let mut file = File::options().read(true).write(true).open(node.volume("v")).unwrap();
+    file.write_all_at(&pattern(4096, 1), 0).unwrap();
+    assert_eq!(node.stop(Signal::SIGTERM).code(), Some(0));
+    assert!(node.log().contains("busy") && node.log().contains("detached"), "{}", node.log());
+    assert!(node.mounts().is_empty());
+    node.restart();
+    assert_eq!(read_at(&node.volume("v"), 0, 4096), pattern(4096, 1));
+    // The old user gets errors, no bytes.
+    assert!(file.read(&mut [0; 512]).is_err());
+}
+
+#[test]
+fn a_second_node_on_the_same_disk_is_refused_and_told_who_holds_it() {
+    let node = Node::start();
+    let disk = node.path("disk").display().to_string();
+    let script = format!("$B serve --state $T/s --disk {disk} --mount $T/m --socket $T/k");
+    let ended = run(&mut node.shell(&script));
+    assert_eq!(ended.status.code(), Some(4), "{}", ended.stderr);
+    let pid = node.pid().to_string();
+    let said = ended.stderr.lines().last().unwrap_or_default();
+    assert!(said.contains(&disk) && said.contains(&pid), "it does not name {pid}: {said}");
+    // Nor is the mount or the socket of a living node taken.
+    let ended = run(&mut node.shell("$B serve --state $T/s --disk $T/d --mount $T/m --socket $T/../socket"));
+    assert_eq!(ended.status.code(), Some(4), "{}", ended.stderr);
+    let ended = run(&mut node.shell("$B serve --state $T/s --disk $T/d --mount $T/../mount --socket $T/k"));
+    assert_eq!(ended.status.code(), Some(4), "{}", ended.stderr);
+    node.run("volume create v --size 1M");
+    node.write("v", 0, &[1; 512]);
+}
+
+#[test]
+fn the_stale_mount_of_a_killed_node_is_repaired_at_the_next_start_also_when_it_is_busy() {
+    let mut node = Node::start();
+    node.run("volume create v --size 16M");
+    node.write("v", 0, &pattern(4096, 3));
+    node.sh("sync $V/v");
+    for _ in 0..2 {
+        let busy = File::open(node.volume("v")).unwrap();
+        node.kill();
+        assert!(fs::metadata(node.volume("v")).is_err());
+        node.restart();
+        assert_eq!(node.mounts(), [node.path("mount")]);
+        assert_eq!(read_at(&node.volume("v"), 0, 4096), pattern(4096, 3));
+        drop(busy);
+    }
+}
+
+#[test]
+fn an_attached_volume_is_a_device_with_direct_io_that_follows_the_size() {
+    let node = Node::start();
+    node.run("volume create v --size 64M");
+    let device = node.json("volume attach v")["device"].as_str().unwrap().to_owned();
+    assert_eq!(node.json("volume attach v")["device"], device.as_str());
+    assert_eq!(node.json("volume get v")["device"], device.as_str());
+    let name = device.trim_start_matches("/dev/");
+    assert_eq!(node.sh(&format!("cat /sys/block/{name}/loop/dio")).trim(), "1");
+    node.sh(&format!("mkfs.ext4 -q {device}; mkdir m; mount {device} m; echo kept > m/file"));
+    node.run("volume resize v 128M");
+    assert_eq!(node.sh(&format!("blockdev --getsize64 {device}")).trim(), "134217728");
+    node.sh(&format!("resize2fs {device}; [ $(df --output=size -B1M m | tail -1) -gt 100 ]"));
+    let said = node.refused("volume detach v", 4);
+    assert!(said.contains("scratch/m"), "{said}");
+    node.sh("umount m");
+    node.run("volume detach v");
+    assert!(node.loops().is_empty());
+    assert!(node.json("volume get v")["device"].is_null());
+    node.sh("fsck.ext4 -fn $V/v");
+    node.run("volume delete v");
+}
+
+#[test]
+fn loop_devices_of_a_killed_node_are_detached_or_listed_as_stale() {
+    let mut node = Node::start();
+    node.run("volume create free --size 16M");
+    node.run("volume create busy --size 16M");
+    node.run("volume attach free");
+    let device = node.json("volume attach busy")["device"].as_str().unwrap().to_owned();
+    node.sh(&format!("mkfs.ext4 -q {device}; mkdir m; mount {device} m"));
+    node.kill();
+    node.restart();
+    let info = node.http("GET", "/v1/node").unwrap();
+    assert!(info.contains(&format!("\"stale_devices\":[\"{device}\"]")), "{info}");
+    node.sh("umount -l m");
+    until("the device goes with its last user", || {
+        node.http("GET", "/v1/node").unwrap().contains("\"stale_devices\":[]")
+    });
+    assert!(node.loops().is_empty(), "{:?}", node.loops());
+    node.run("volume attach busy");
+    node.run("volume detach busy");
+}
+
+#[test]
+fn a_volume_whose_record_cannot_be_read_is_listed_with_the_reason_and_the_rest_is_served() {
+    let mut node = Node::start();
+    node.run("volume create good --size 1M");
+    node.run("volume create bad --size 1M");
+    node.write("good", 0, &[7; 512]);
+    assert!(node.stop(Signal::SIGTERM).success());
+    let layers = |node: &Node| node.files_on_disk().iter().filter(|file| file.ends_with("/map")).count();
+    let before = layers(&node);
+    let record = node.files_on_disk().into_iter().find(|file| file.starts_with("volumes/bad-")).unwrap();
+    let record = node.path("disk").join(record);
+    let sound = fs::read(&record).unwrap();
+    for damage in [b"{ not JSON".to_vec(), sound[..sound.len() / 2].to_vec(), Vec::new()] {
+        fs::write(&record, damage).unwrap();
+        node.restart();
+        assert_eq!(read_at(&node.volume("good"), 0, 512), [7; 512]);
+        let list = node.json("volume list");
+        let bad = list.as_array().unwrap().iter().find(|v| v["name"].as_str().unwrap().starts_with("bad")).unwrap();
+        assert!(bad["state"] != "ready" && bad["message"].as_str().is_some_and(|why| !why.is_empty()), "{bad}");
+        // Nothing is collected while a record is unreadable.
+        assert_eq!(layers(&node), before);
+        assert!(node.stop(Signal::SIGTERM).success());
+    }
+    fs::write(&record, sound).unwrap();
+    node.restart();
+    assert_eq!(node.json("volume get bad")["state"], "ready");
+}

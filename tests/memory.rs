@@ -1,1 +1,75 @@
-//! soon
+//! A host short of memory does not deadlock: what the kernel must write to free memory goes through the node.
+//!
+//! The node, the writer and a hog share a control group that is too small for them. The kernel reclaims by writing the
+//! writer's dirty pages to the loop device, which waits for the node, which must not wait for memory.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::unistd::Pid;
+
+use crate::util::{long, node::Node, run::{Running, until}};
+
+const LIMIT: u64 = 512 << 20;
+const PATIENCE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 240 } else { 180 });
+
+/// A control group with bounded memory, of either version; it goes when its last member has.
+struct Group(PathBuf);
+
+impl Group {
+    fn new() -> Group {
+        let name = format!("bedplate-test-{}", Pid::this());
+        let (parent, limit) = match Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() {
+            true => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            false => {
+                // Version 2 hands the controller down only when it is told to.
+                fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory").unwrap();
+                ("/sys/fs/cgroup", "memory.max")
+            }
+        };
+        let group = Group(Path::new(parent).join(name));
+        fs::create_dir(&group.0).unwrap();
+        fs::write(group.0.join(limit), LIMIT.to_string()).unwrap();
+        group
+    }
+
+    fn add(&self, process: Pid) {
+        fs::write(self.0.join("cgroup.procs"), process.to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Its members end with the node, which was made later and so is dropped before.
+        until("the control group is empty", || fs::remove_dir(&self.0).is_ok() || !self.0.exists());
+    }
+}
+
+#[test]
+fn writing_through_a_loop_device_beside_a_memory_hog_comes_to_an_end() {
+    let group = Group::new();
+    let node = Node::start();
+    let mib = if long() { 2048 } else { 768 };
+    node.run(&format!("volume create v --size {}M", mib + 512));
+    group.add(node.pid());
+    let device = node.json("volume attach v")["device"].as_str().unwrap().to_owned();
+    node.sh(&format!("mkfs.ext4 -q -E lazy_itable_init=1 {device}; mkdir m; mount {device} m"));
+    let join = format!("echo $$ > {}/cgroup.procs", group.0.display());
+    // Anonymous memory that is used all the time, too much of it for the writer's pages to stay.
+    let hog = Running::start(&mut node.shell(&format!(
+        "{join}; exec python3 -c 'b = bytearray(320 << 20)\nwhile True:\n for i in range(0, len(b), 4096): b[i] = 1'"
+    )));
+    let writer = Running::start(&mut node.shell(&format!(
+        "{join}; dd if=/dev/zero of=m/much bs=1M count={mib} status=none; sync -f m"
+    )));
+    let ended = writer.wait(PATIENCE);
+    assert!(ended.status.success(), "{}: {}", ended.status, ended.stderr);
+    drop(hog);
+    node.sh("umount m");
+    node.run("volume detach v");
+    node.sh("fsck.ext4 -fn $V/v");
+    assert!(node.json("volume get v")["allocated_bytes"].as_u64().unwrap() >= mib << 20);
+}

@@ -36,15 +36,14 @@ pub struct Node {
 impl Node {
     /// A node that is ready.
     pub fn start() -> Node {
-        Node::wrapped(&[])
-    }
-
-    /// A node that another program starts. Where that one waits for it, [`Node::pid`] still finds the node.
-    pub fn wrapped(wrapper: &[&str]) -> Node {
         let mut node = Node::idle();
-        node.wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
         node.restart();
         node
+    }
+
+    /// Have another program start it from now on, such as a tracer.
+    pub fn wrap(&mut self, wrapper: &[&str]) {
+        self.wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
     }
 
     /// Only the directories.
