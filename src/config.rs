@@ -186,7 +186,7 @@ impl Settings {
             let reason = "not permission bits in octal, such as 0600 or 0660".to_owned();
             ConfigError::Value { key: "mount_mode", value: mode, reason }
         })?;
-        let threads = at_most("threads", self.threads, 16, bedplate_fuse::THREADS_MAX.get())?;
+        let threads = at_most("threads", self.threads, 16, bedplate_fuse::THREADS_MAX)?;
         let image_jobs = at_most("image_jobs", self.image_jobs, 4, IMAGE_JOBS_MAX)?;
         let log = self.log.unwrap_or_else(|| "info".to_owned());
         telemetry::check_filter(&log).map_err(|reason| ConfigError::Value {

@@ -141,8 +141,12 @@ fn a_volume_whose_record_cannot_be_read_is_listed_with_the_reason_and_the_rest_i
         node.restart();
         assert_eq!(read_at(&node.volume("good"), 0, 512), [7; 512]);
         let list = node.json("volume list");
-        let bad = list.as_array().unwrap().iter().find(|v| v["name"].as_str().unwrap().starts_with("bad")).unwrap();
-        assert!(bad["state"] != "ready" && bad["message"].as_str().is_some_and(|why| !why.is_empty()), "{bad}");
+        let bad =
+            list.as_array().unwrap().iter().find(|v| v["name"].as_str().unwrap().starts_with("bad")).unwrap();
+        assert!(
+            bad["state"] != "ready" && bad["message"].as_str().is_some_and(|why| !why.is_empty()),
+            "{bad}"
+        );
         // Nothing is collected while a record is unreadable.
         assert_eq!(layers(&node), before);
         assert!(node.stop(Signal::SIGTERM).success());
