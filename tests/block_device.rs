@@ -54,8 +54,7 @@ fn fio_verifies_random_and_sequential_writes_of_many_sizes_and_jobs() {
 fn fio_verifies_across_snapshots_merges_and_clones() {
     let node = with_volume();
     let seconds = if long() { 180 } else { 8 };
-    let mut writer =
-        crate::util::run::Running::start(&mut node.shell(&fio("randwrite", 4, Some(seconds))));
+    let mut writer = crate::util::run::Running::start(&mut node.shell(&fio("randwrite", 4, Some(seconds))));
     let mut rounds = 0;
     while writer.is_running() {
         node.run(&format!("snapshot create v s{rounds}"));

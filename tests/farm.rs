@@ -10,7 +10,8 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// A real tree in an ext4 file system; the long version's is a whole Debian.
 fn root_file_system(node: &Node) {
     if long() {
-        let make = "mmdebstrap --variant=minbase bookworm tree; mke2fs -q -t ext4 -d tree root.raw 1G; rm -r tree";
+        let make =
+            "mmdebstrap --variant=minbase bookworm tree; mke2fs -q -t ext4 -d tree root.raw 1G; rm -r tree";
         node.sh_within(make, PATIENCE);
         return;
     }

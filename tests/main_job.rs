@@ -56,7 +56,9 @@ fn two_volumes_over_an_image_go_their_own_ways_and_the_image_stays() {
     let kept = node.files_on_disk().into_iter().find(|file| file.ends_with("/image")).unwrap();
     assert_eq!(node.sha512(&node.path("disk").join(kept)), sum);
     // And its holes are holes.
-    assert!(node.json("image get base")["allocated_bytes"].as_u64().unwrap() <= allocated(&source) * 105 / 100);
+    assert!(
+        node.json("image get base")["allocated_bytes"].as_u64().unwrap() <= allocated(&source) * 105 / 100
+    );
 }
 
 #[test]

@@ -5,13 +5,7 @@
 //! flushed change left, or what a later change to that very sector would have left (invariant 2); without one, only
 //! the newest.
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    io,
-    os::unix::fs::FileExt,
-    path::Path,
-};
+use std::{collections::BTreeMap, fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use super::content::pattern;
 
