@@ -1,13 +1,13 @@
 //! Exporting a block device: to a raw file with holes, or as a stream.
 //!
-//! A file appears under its name only when it is whole and durable: it is written beside, synced, renamed in, and its
-//! directory synced. A stream gets every byte, zeros too. Neither changes the device. The caller hands in a view that
+//! A file appears under its name only when it is whole and durable: it is written without a name, synced, linked in, and
+//! its directory synced, so that a node that is killed leaves nothing in a directory that it never looks at again. A stream gets every byte, zeros too. Neither changes the device. The caller hands in a view that
 //! stands still (a snapshot, an image).
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::Path,
 };
 
@@ -18,7 +18,13 @@ use bedplate_engine::{
 };
 use nix::{
     errno::Errno,
+<<<<<<< HEAD
     fcntl::{AT_FDCWD, RenameFlags, renameat2},
+=======
+    fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2},
+    libc,
+    unistd::linkat,
+>>>>>>> blackbox
 };
 use uuid::Uuid;
 
@@ -58,9 +64,17 @@ pub fn export_file(
         _ => Path::new("."),
     };
     let beside = directory.join(format!(".{}.{}.partial", name.to_string_lossy(), Uuid::new_v4().simple()));
-    let written = write_beside(device, &beside, meter, stop).and_then(|()| {
+    let draft = Draft::create(directory, &beside)?;
+    let written = write_draft(device, draft.file(), path, meter, stop).and_then(|()| {
         meter.enter(Phase::Publishing);
+<<<<<<< HEAD
         give_name(&beside, path, existing)?;
+=======
+        draft.publish(&beside, path, existing).map_err(|e| match e {
+            Errno::EEXIST => taken(),
+            e => Storage::io("publish", path, e.into()),
+        })?;
+>>>>>>> blackbox
         let directory_file = File::open(directory).map_err(|e| Storage::io("open", directory, e))?;
         directory_file.sync_all().map_err(|e| Storage::io("sync", directory, e))?;
         Ok(())
@@ -72,6 +86,7 @@ pub fn export_file(
     written
 }
 
+<<<<<<< HEAD
 fn give_name(beside: &Path, path: &Path, existing: Existing) -> StorageResult<()> {
     let flags = match existing {
         Existing::Refuse => RenameFlags::RENAME_NOREPLACE,
@@ -92,6 +107,56 @@ fn give_name(beside: &Path, path: &Path, existing: Existing) -> StorageResult<()
 
 fn taken(path: &Path) -> Storage {
     Storage::Exists { kind: "file", name: path.display().to_string() }
+=======
+/// A file that is not under its own name yet.
+enum Draft {
+    /// Gone with the process that has it open.
+    Unnamed(File),
+    /// Under the name beside, where the file system has no unnamed files.
+    Named(File),
+}
+
+impl Draft {
+    fn create(directory: &Path, beside: &Path) -> StorageResult<Draft> {
+        let mut options = OpenOptions::new();
+        options.write(true).mode(0o644);
+        match options.clone().custom_flags(libc::O_TMPFILE).open(directory) {
+            Ok(file) => return Ok(Draft::Unnamed(file)),
+            // EISDIR is what kernels say that do not know the flag.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {}
+            Err(e) => return Err(Storage::io("create a file in", directory, e)),
+        }
+        let file = options.create_new(true).open(beside).map_err(|e| Storage::io("create", beside, e))?;
+        Ok(Draft::Named(file))
+    }
+
+    fn file(&self) -> &File {
+        match self {
+            Draft::Unnamed(file) | Draft::Named(file) => file,
+        }
+    }
+
+    /// Give it its name.
+    fn publish(&self, beside: &Path, path: &Path, existing: Existing) -> nix::Result<()> {
+        let rename = |flags| renameat2(AT_FDCWD, beside, AT_FDCWD, path, flags);
+        match (self, existing) {
+            (Draft::Unnamed(file), Existing::Refuse) => link(file, path),
+            // A link replaces nothing, a rename does.
+            (Draft::Unnamed(file), Existing::Replace) => {
+                link(file, beside)?;
+                rename(RenameFlags::empty())
+            }
+            (Draft::Named(_), Existing::Refuse) => rename(RenameFlags::RENAME_NOREPLACE),
+            (Draft::Named(_), Existing::Replace) => rename(RenameFlags::empty()),
+        }
+    }
+}
+
+/// Name an open file; refused where the name is taken.
+fn link(file: &File, path: &Path) -> nix::Result<()> {
+    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)
+>>>>>>> blackbox
 }
 
 /// Write every byte to `out`, zeros included, and flush it.
@@ -120,17 +185,12 @@ pub fn export_stream(
     out.flush().map_err(sink)
 }
 
-fn write_beside(device: &dyn BlockDevice, path: &Path, meter: &Meter, stop: &Stop) -> Result<()> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o644)
-        .open(path)
-        .map_err(|e| Storage::io("create", path, e))?;
+/// `path` is the name that it will have.
+fn write_draft(device: &dyn BlockDevice, file: &File, path: &Path, meter: &Meter, stop: &Stop) -> Result<()> {
     let io = |op| move |e| Storage::io(op, path, e);
     copy(device, meter, stop, |piece| match piece {
         // Data that is all zeros becomes a hole, too.
-        Piece::Data { at, bytes } => Ok(write_sparse(&file, bytes, at).map_err(io("write"))?),
+        Piece::Data { at, bytes } => Ok(write_sparse(file, bytes, at).map_err(io("write"))?),
         Piece::Zeros(_) => Ok(()),
     })?;
     meter.enter(Phase::Syncing);

@@ -267,6 +267,11 @@ impl Executor {
         self.shared.lock().core.failed().cloned()
     }
 
+    /// Whether every action that was asked for has ended.
+    pub fn is_quiet(&self) -> bool {
+        self.shared.lock().core.is_quiet()
+    }
+
     /// Where the head's log ends. Only steady behind a barrier.
     pub fn log_end(&self) -> LogEnd {
         self.shared.lock().core.log_end()

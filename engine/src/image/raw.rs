@@ -71,6 +71,12 @@ impl BaseImage for RawImage {
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        // The end of a file that was cut looks like a hole.
+        let found = self.file.metadata().map_err(|e| Error::io("stat", &self.path, e))?.len();
+        if found < self.len.0 {
+            let what = Corruption::Truncated("image");
+            return Err(Error::Corrupt { path: self.path.clone(), what, at: ByteOffset(found) });
+        }
         let mut extents = Vec::new();
         let end = range.end().0;
         let mut at = range.start.0;

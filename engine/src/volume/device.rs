@@ -165,6 +165,14 @@ impl Volume {
         }
     }
 
+    /// Whether nothing of it is being written: no request, commit or checkpoint is under way.
+    pub(super) fn is_quiet(&self) -> bool {
+        match &self.backend {
+            Backend::Live(executor) => executor.failed().is_none() || executor.is_quiet(),
+            Backend::ReadOnly { .. } => true,
+        }
+    }
+
     /// What reads follow now.
     pub(super) fn view(&self) -> View {
         match &self.backend {

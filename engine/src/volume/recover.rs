@@ -49,6 +49,10 @@ impl Disk {
         let _life = self.life();
         let open = self.tree().volumes.get(volume).cloned();
         let claim = open.as_ref().map(|volume| volume.claim("it is being recovered")).transpose()?;
+        if let Some(volume) = open.as_ref().filter(|volume| !volume.is_quiet()) {
+            let by = "it is still writing what was asked of it before it failed".into();
+            return Err(Error::InUse { kind: "volume", name: volume.name(), by });
+        }
         let record = match &open {
             Some(volume) => volume.record(),
             None => self.broken_record(volume)?,
@@ -85,6 +89,8 @@ impl Disk {
 impl Disk {
     /// Open a volume again whose layers are whole now.
     fn serve_anew(&self, record: VolumeRecord) -> Result<VolumeInfo> {
+        // A switch whose sync failed may have left another record than the one that is served from here on.
+        self.write_record(&record)?;
         self.tree().volumes.remove(&record.name);
         let opened = self.open_volume(record.clone());
         let mut tree = self.tree();

@@ -292,6 +292,11 @@ impl Core {
         &self.index
     }
 
+    /// Whether every action that was asked for has completed.
+    pub fn is_quiet(&self) -> bool {
+        self.pending.is_empty()
+    }
+
     /// Where the head's log ends now.
     pub fn log_end(&self) -> LogEnd {
         self.log

@@ -75,6 +75,18 @@ impl FileStorage {
     }
 }
 
+impl FileStorage {
+    fn kind_of(&self, path: &str) -> Result<EntryKind> {
+        let fd = self.open_beneath(path.trim_start_matches('/'), OFlag::O_PATH)?;
+        let meta = File::from(fd).metadata().map_err(|e| Error::io("stat", self.full_path(path), e))?;
+        Ok(match (meta.is_dir(), meta.is_file()) {
+            (true, _) => EntryKind::Directory,
+            (false, true) => EntryKind::File,
+            (false, false) => EntryKind::Other,
+        })
+    }
+}
+
 impl Storage for FileStorage {
     fn full_path(&self, path: &str) -> PathBuf {
         if path.is_empty() { self.path.clone() } else { self.path.join(path) }
@@ -122,7 +134,9 @@ impl Storage for FileStorage {
             let kind = match entry.file_type() {
                 Some(Type::File) => EntryKind::File,
                 Some(Type::Directory) => EntryKind::Directory,
-                Some(_) | None => EntryKind::Other,
+                Some(_) => EntryKind::Other,
+                // Some file systems keep no types in their directories.
+                None => self.kind_of(&format!("{path}/{name}"))?,
             };
             names.push((name, kind));
         }
