@@ -18,13 +18,9 @@ use bedplate_engine::{
 };
 use nix::{
     errno::Errno,
-<<<<<<< HEAD
-    fcntl::{AT_FDCWD, RenameFlags, renameat2},
-=======
     fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2},
     libc,
     unistd::linkat,
->>>>>>> blackbox
 };
 use uuid::Uuid;
 
@@ -56,8 +52,9 @@ pub fn export_file(
 ) -> Result<()> {
     let name =
         path.file_name().ok_or_else(|| Storage::Invalid(format!("{} is not a file name", path.display())))?;
+    let taken = || Storage::Exists { kind: "file", name: path.display().to_string() };
     if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
-        return Err(taken(path).into());
+        return Err(taken().into());
     }
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -67,14 +64,10 @@ pub fn export_file(
     let draft = Draft::create(directory, &beside)?;
     let written = write_draft(device, draft.file(), path, meter, stop).and_then(|()| {
         meter.enter(Phase::Publishing);
-<<<<<<< HEAD
-        give_name(&beside, path, existing)?;
-=======
         draft.publish(&beside, path, existing).map_err(|e| match e {
             Errno::EEXIST => taken(),
             e => Storage::io("publish", path, e.into()),
         })?;
->>>>>>> blackbox
         let directory_file = File::open(directory).map_err(|e| Storage::io("open", directory, e))?;
         directory_file.sync_all().map_err(|e| Storage::io("sync", directory, e))?;
         Ok(())
@@ -86,28 +79,6 @@ pub fn export_file(
     written
 }
 
-<<<<<<< HEAD
-fn give_name(beside: &Path, path: &Path, existing: Existing) -> StorageResult<()> {
-    let flags = match existing {
-        Existing::Refuse => RenameFlags::RENAME_NOREPLACE,
-        Existing::Replace => RenameFlags::empty(),
-    };
-    let named = match renameat2(AT_FDCWD, beside, AT_FDCWD, path, flags) {
-        // File systems without that flag know links, which refuse a taken name, too.
-        Err(Errno::EINVAL) if existing == Existing::Refuse => {
-            std::fs::hard_link(beside, path).and_then(|()| std::fs::remove_file(beside))
-        }
-        other => other.map_err(io::Error::from),
-    };
-    named.map_err(|e| match e.kind() {
-        io::ErrorKind::AlreadyExists => taken(path),
-        _ => Storage::io("rename", path, e),
-    })
-}
-
-fn taken(path: &Path) -> Storage {
-    Storage::Exists { kind: "file", name: path.display().to_string() }
-=======
 /// A file that is not under its own name yet.
 enum Draft {
     /// Gone with the process that has it open.
@@ -119,7 +90,7 @@ enum Draft {
 impl Draft {
     fn create(directory: &Path, beside: &Path) -> StorageResult<Draft> {
         let mut options = OpenOptions::new();
-        options.write(true).mode(0o644);
+        options.write(true).mode(0o600);
         match options.clone().custom_flags(libc::O_TMPFILE).open(directory) {
             Ok(file) => return Ok(Draft::Unnamed(file)),
             // EISDIR is what kernels say that do not know the flag.
@@ -156,7 +127,6 @@ impl Draft {
 fn link(file: &File, path: &Path) -> nix::Result<()> {
     let open = format!("/proc/self/fd/{}", file.as_raw_fd());
     linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)
->>>>>>> blackbox
 }
 
 /// Write every byte to `out`, zeros included, and flush it.
@@ -223,7 +193,7 @@ fn copy(
                     stop.check()?;
                     let len = usize::try_from((range.end().0 - at).min(READ_LEN)).unwrap_or(buffer.len());
                     let bytes = buffer.get_mut(..len).unwrap_or_default();
-                    device.read_at(bytes, at)?;
+                    read(device, bytes, at)?;
                     put(Piece::Data { at, bytes })?;
                     at += bytes.len() as u64;
                     meter.advance_to(at);
@@ -235,68 +205,6 @@ fn copy(
     })
 }
 
-#[cfg(test)]
-mod tests {
-    use std::{os::unix::fs::MetadataExt, time::Duration};
-
-    use super::*;
-    use crate::prep::testing::MemoryDevice;
-
-    fn device() -> MemoryDevice {
-        let mut content = vec![0; (6 << 20) + 512];
-        content[1 << 20..(1 << 20) + 50_000].fill(5);
-        *content.last_mut().unwrap() = 1;
-        MemoryDevice(content)
-    }
-
-    fn stop() -> Stop {
-        Stop::after(Duration::from_secs(60))
-    }
-
-    #[test]
-    fn an_exported_file_has_the_bytes_and_the_holes() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("out.raw");
-        let meter = Meter::default();
-        export_file(&device(), &path, Existing::Refuse, &meter, &stop()).unwrap();
-        assert!(std::fs::read(&path).unwrap() == device().0);
-        assert!(std::fs::metadata(&path).unwrap().blocks() * 512 < 70_000);
-        assert_eq!(meter.progress().done_bytes, device().0.len() as u64);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_file_that_is_there_is_replaced_only_when_that_was_said() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("out.raw");
-        std::fs::write(&path, b"precious").unwrap();
-        let refused = export_file(&device(), &path, Existing::Refuse, &Meter::default(), &stop());
-        assert!(matches!(refused, Err(Failure::Storage(Storage::Exists { .. }))));
-        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-        export_file(&device(), &path, Existing::Replace, &Meter::default(), &stop()).unwrap();
-        assert!(std::fs::read(&path).unwrap() == device().0);
-    }
-
-    #[test]
-    fn an_export_that_is_stopped_leaves_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let stop = stop();
-        stop.cancel();
-        let result =
-            export_file(&device(), &dir.path().join("out"), Existing::Refuse, &Meter::default(), &stop);
-        assert!(matches!(result, Err(Failure::Cancelled)));
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn a_stream_gets_every_byte_and_a_reader_that_leaves_is_an_error() {
-        let mut out = Vec::new();
-        export_stream(&device(), &mut out, &Meter::default(), &stop()).unwrap();
-        assert!(out == device().0);
-
-        let (reader, mut writer) = std::io::pipe().unwrap();
-        drop(reader);
-        let result = export_stream(&device(), &mut writer, &Meter::default(), &stop());
-        assert!(matches!(result, Err(Failure::Storage(Storage::Io { op: "write", .. }))));
-    }
+fn read(device: &dyn BlockDevice, bytes: &mut [u8], at: u64) -> StorageResult<()> {
+    device.read_at(bytes, at)
 }

@@ -154,6 +154,14 @@ impl Volume {
         self.record().uuid
     }
 
+    /// The executor, also when it takes no more writes.
+    pub(super) fn executor(&self) -> Option<&Executor> {
+        match &self.backend {
+            Backend::Live(executor) => Some(executor),
+            Backend::ReadOnly { .. } => None,
+        }
+    }
+
     /// The executor, if the volume takes writes.
     pub(super) fn live(&self) -> Result<&Executor> {
         match &self.backend {

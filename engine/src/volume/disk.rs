@@ -252,6 +252,10 @@ impl Disk {
             let reason = format!("its record belongs to a volume {:?}", record.name);
             return Err(failed(reason, None));
         }
+        if self.tree().volumes.contains_key(&record.name) {
+            let reason = format!("another volume is called {:?}", record.name);
+            return Err(failed(reason, Some(record)));
+        }
         // A leftover of a replacement that did not happen.
         let _ = self.storage.remove_file(&format!("{path}.new"));
         match self.open_volume(record.clone()) {

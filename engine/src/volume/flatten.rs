@@ -95,6 +95,9 @@ impl Disk {
         }
         let end = layer.index.block_count();
         let copied = for_each_batch(base, progress, |data| {
+            if data.start.0 >= end.0 {
+                return Ok(());
+            }
             let data = BlockRange { count: data.end().min(Block(end.0)).since(data.start), ..data };
             let absent: Vec<BlockRange> = layer
                 .index
@@ -106,6 +109,7 @@ impl Disk {
         });
         // Also when it was stopped or failed: what was copied is not copied again.
         layer.data.sync()?;
+        let _life = self.life();
         layer::rewrite_map(&*self.storage, bottom, &layer.log, &layer.index, LogLen::Sealed)?;
         copied
     }

@@ -30,7 +30,7 @@ impl Disk {
         go_on: &mut impl FnMut() -> bool,
     ) -> Result<Progress> {
         let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
-        let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.live().ok()).collect();
+        let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
         if !self.no_readers(&executors) {
             return Ok(Progress::Left);
         }
@@ -43,6 +43,7 @@ impl Disk {
         let mut at = 0;
         while at < end {
             if !go_on() {
+                let _life = self.life();
                 self.replace_map(&mut lower)?;
                 return Ok(Progress::Stopped);
             }

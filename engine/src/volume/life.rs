@@ -20,6 +20,7 @@ use super::{
         self, FORMAT_VERSION, ImageRef, LAYERS_MAX, LayerRef, Replaced, SnapshotRecord, VolumeRecord,
         check_user_name,
     },
+    tree::Broken,
 };
 use crate::{
     cow::{
@@ -106,13 +107,17 @@ impl Disk {
         let gone = format!("{VOLUMES}/{TEMPORARY}{}", Uuid::new_v4());
         self.storage.rename(&dir, &gone)?;
         {
+            // Until its going is durable, a crash may bring the record back, with every layer that it names.
             let mut tree = self.tree();
             tree.volumes.remove(name);
             tree.broken.retain(|broken| broken.name != name);
+            let reason = "it was deleted, but it is not known whether that survives a crash".into();
+            tree.broken.push(Broken { name: name.into(), reason, record: Some(record) });
         }
         drop(claim);
         drop(open);
         self.storage.sync_dir(VOLUMES)?;
+        self.tree().broken.retain(|broken| broken.name != name);
         remove_volume_dir(&*self.storage, &gone)?;
         self.collect();
         drop(life);
@@ -232,12 +237,16 @@ impl Disk {
             log: LogEnd::start(&header),
             log_offset: header.log_offset,
         };
-        let index = self.index(size, index, &view.index.frozen, view.base.as_ref());
-        if let Err(error) = self.replace_record(&volume, &record) {
+        let replaced = self.replace_record(&volume, &record);
+        if let Err(error @ Error::Uncertain { .. }) = replaced {
             barrier.poison(&error);
             return Err(error);
         }
+        // The map is the new one in any case; without the record the volume keeps its size.
+        let size = if replaced.is_ok() { size } else { ByteLen(volume.record().size_bytes) };
+        let index = self.index(size, index, &view.index.frozen, view.base.as_ref());
         barrier.install(self.new_head(head, View { index, ..view }, Synced::Yes));
+        replaced?;
         volume.set_record(record);
         Ok(volume.info())
     }
@@ -315,8 +324,11 @@ impl Disk {
         {
             return Err(Error::Exists { kind: "snapshot", name: name.into() });
         }
-        if record.snapshots.len() >= SNAPSHOTS_MAX || record.layers.len() >= LAYERS_MAX {
+        if record.snapshots.len() >= SNAPSHOTS_MAX {
             return Err(Error::Busy { limit: "SNAPSHOTS_MAX; delete a snapshot" });
+        }
+        if record.layers.len() >= LAYERS_MAX {
+            return Err(Error::Busy { limit: "LAYERS_MAX; delete a snapshot" });
         }
         let frozen = record.head;
         let barrier = executor.barrier()?;
@@ -396,11 +408,27 @@ impl Disk {
     }
 
     fn replace_record(&self, volume: &Volume, record: &VolumeRecord) -> Result<()> {
-        let dir = format!("{VOLUMES}/{}", volume.record().dir_name());
-        record::replace(&*self.storage, &dir, VOLUME_RECORD, record).map_err(|replaced| match replaced {
-            Replaced::Not(error) => error,
-            Replaced::Perhaps(error) => Error::Uncertain { source: Box::new(error) },
+        debug_assert_eq!(volume.record().dir_name(), record.dir_name());
+        self.write_record(record)
+    }
+
+    /// Make this the record of its volume on the disk. It is small: a full disk's reserve pays for it.
+    pub(super) fn write_record(&self, record: &VolumeRecord) -> Result<()> {
+        let dir = format!("{VOLUMES}/{}", record.dir_name());
+        self.with_reserve(|| {
+            record::replace(&*self.storage, &dir, VOLUME_RECORD, record).map_err(|replaced| match replaced {
+                Replaced::Not(error) => error,
+                Replaced::Perhaps(error) => Error::Uncertain { source: Box::new(error) },
+            })
         })
+    }
+
+    /// Do what a full disk must still be able to do; its reserve is given up for it.
+    pub(super) fn with_reserve<T>(&self, work: impl Fn() -> Result<T>) -> Result<T> {
+        match work() {
+            Err(Error::NoSpace { .. }) if self.reserve.give_up() => work(),
+            other => other,
+        }
     }
 
     /// Give a new volume its record and serve it. The moment is the rename of its directory; before it, everything that

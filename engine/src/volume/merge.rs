@@ -105,6 +105,10 @@ impl Disk {
         if !tree.is_whole() {
             return Vec::new();
         }
+        // Only open volumes can be switched; a layer that another one lists stays.
+        let broken = tree.broken.iter().filter_map(|broken| broken.record.as_ref());
+        let fixed: HashSet<Uuid> =
+            broken.flat_map(|record| record.layers.iter().map(|layer| layer.uuid)).collect();
         let records = tree.records();
         let named: HashSet<Uuid> = records
             .iter()
@@ -116,8 +120,9 @@ impl Disk {
                 children.entry(parent).or_default().insert(layer.uuid);
             }
         }
-        let single =
-            children.into_iter().filter(|(layer, children)| children.len() == 1 && !named.contains(layer));
+        let single = children.into_iter().filter(|(layer, children)| {
+            children.len() == 1 && !named.contains(layer) && !fixed.contains(layer)
+        });
         single
             .flat_map(|(layer, children)| children.into_iter().map(move |child| Candidate { layer, child }))
             .collect()
@@ -241,6 +246,7 @@ impl Disk {
         let mut at = 0;
         while at < end {
             if !go_on() {
+                let _life = self.life();
                 self.replace_map(&mut upper)?;
                 return Ok(Progress::Stopped);
             }
@@ -263,7 +269,9 @@ impl Disk {
     /// Make what came up into a frozen layer durable, data first.
     pub(super) fn replace_map(&self, upper: &mut Layer) -> Result<()> {
         upper.data.sync()?;
-        upper.log = layer::rewrite_map(&*self.storage, upper.uuid, &upper.log, &upper.index, LogLen::Sealed)?;
+        let rewrite =
+            || layer::rewrite_map(&*self.storage, upper.uuid, &upper.log, &upper.index, LogLen::Sealed);
+        upper.log = self.with_reserve(rewrite)?;
         Ok(())
     }
 
@@ -273,7 +281,7 @@ impl Disk {
         self.replace_map(upper)?;
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
-        let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.live().ok()).collect();
+        let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
         if self.wait_for_readers(&executors) {
             let all = BlockRange { start: Block(0), count: upper.index.block_count() };
             for (run, _) in upper.index.runs(all).filter(|(_, state)| *state != BlockState::Absent) {
@@ -337,6 +345,11 @@ impl Disk {
 
     /// Whether nobody follows an older index of these volumes, or a snapshot.
     pub(super) fn no_readers(&self, executors: &[&Executor]) -> bool {
+        // A volume that only reads follows the index that it was opened with.
+        let frozen_in_time = |volume: &Arc<Volume>| matches!(volume.backend, Backend::ReadOnly { .. });
+        if self.tree().volumes.values().any(frozen_in_time) {
+            return false;
+        }
         executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views()
     }
 

@@ -21,6 +21,13 @@ use crate::{
     error::Result,
 };
 
+/// Bytes of a log in which every change finds room when nothing else is in it: a short one grows at its checkpoint.
+const LOG_LEN_LEAST: u64 = 16 << 10;
+const _: () = assert!(
+    LOG_LEN_LEAST / log::LOG_SECTOR_LEN as u64
+        > 2 * super::COPY_BLOCKS_MAX / log::ENTRIES_PER_SECTOR as u64 + 2
+);
+
 #[derive(Debug)]
 pub(super) enum Commit {
     Idle,
@@ -98,7 +105,7 @@ impl Core {
             let sequence = self.log.sequence + u64::from(!cut.is_empty());
             let generation = self.log.generation + 1;
             // No shorter than this one, or the records that follow the cut might not fit.
-            let log_len = LogLen::Live { least: self.log.log_len() };
+            let log_len = LogLen::Live { least: self.log.log_len().max(LOG_LEN_LEAST) };
             let (bytes, header) =
                 checkpoint::encode(self.layer, generation, sequence, &self.index.head, log_len);
             self.checkpoint = Checkpoint::Cut { bytes, header };

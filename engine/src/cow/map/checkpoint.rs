@@ -22,6 +22,8 @@ pub const HEADER_LEN: usize = 512;
 const CHECKSUM_AT: usize = 12;
 const DIRECTORY_ENTRY_LEN: usize = 16;
 const LOG_ALIGN: u64 = 4096;
+/// Generations and sequences count up from far below this; more is not ours, and leaves room to count on.
+const COUNTER_MAX: u64 = 1 << 62;
 
 /// The first sector of a map file, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,8 +134,11 @@ impl Header {
 
     fn check(&self, file_len: u64) -> Result<(), Corruption> {
         let field = |field, value| Err(Corruption::Field { field, value });
-        if self.generation == 0 {
-            return field("generation", 0);
+        if self.generation == 0 || self.generation > COUNTER_MAX {
+            return field("generation", self.generation);
+        }
+        if self.sequence > COUNTER_MAX {
+            return field("sequence", self.sequence);
         }
         if self.block_count.0 > VOLUME_SIZE_MAX / BLOCK_SIZE {
             return field("block count", self.block_count.0);

@@ -275,6 +275,7 @@ fn stated_after_damage(rest: &[Found], end: &LogEnd) -> Vec<(BlockRange, BlockSt
             {
                 if last.is_none_or(|last| sector.previous != last.checksum) {
                     stated.clear();
+                    last = None;
                 }
                 // A record counts from its first sector on.
                 if last.is_some() || sector.part == 0 {

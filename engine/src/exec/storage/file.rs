@@ -21,14 +21,17 @@ use nix::{
     fcntl::{
         FallocateFlags, OFlag, OpenHow, PosixFadviseAdvice, ResolveFlag, fallocate, openat2, posix_fadvise,
     },
-    sys::{stat::Mode, statvfs::fstatvfs},
+    sys::{
+        stat::{Mode, major, minor},
+        statvfs::fstatvfs,
+    },
     unistd::{UnlinkatFlags, Whence, lseek64, unlinkat},
 };
 
 use super::{EntryKind, Open, Storage, StorageFile};
 use crate::{
     error::{Error, Result},
-    exec::buffer::{AlignedBuffer, is_aligned, with_scratch},
+    exec::buffer::{is_aligned, with_scratch},
     units::{ByteRange, SECTOR_SIZE, to_usize},
 };
 
@@ -111,7 +114,7 @@ impl Storage for FileStorage {
         };
         let file = File::from(fd);
         let path = self.full_path(path);
-        let mode = if direct { Io::Direct { align: probe_align(&file) } } else { Io::Buffered };
+        let mode = if direct { Io::Direct { align: sector_size(&file) } } else { Io::Buffered };
         Ok(Arc::new(DiskFile { file, path, mode }))
     }
 
@@ -208,14 +211,19 @@ struct DiskFile {
     mode: Io,
 }
 
-/// 512 where the device takes such direct reads, else 4096. Reading is enough to tell: the kernel checks before it
-/// looks for bytes.
-fn probe_align(file: &File) -> u64 {
-    let mut buffer = AlignedBuffer::new(to_usize(SECTOR_SIZE));
-    match file.read_at(&mut buffer, SECTOR_SIZE) {
-        Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => 4096,
-        Ok(_) | Err(_) => SECTOR_SIZE,
-    }
+/// The logical sector size of the block device that the file lies on, or 4096 where the system does not say (file
+/// systems over several devices). Trying it out tells nothing: reads of holes and past the end are not checked.
+fn sector_size(file: &File) -> u64 {
+    let size = file.metadata().ok().and_then(|meta| {
+        let device = meta.dev();
+        let node = format!("/sys/dev/block/{}:{}", major(device), minor(device));
+        // A partition's queue is its disk's.
+        let of_disk = std::fs::read_to_string(format!("{node}/queue/logical_block_size"));
+        let text =
+            of_disk.or_else(|_| std::fs::read_to_string(format!("{node}/../queue/logical_block_size")));
+        text.ok()?.trim().parse::<u64>().ok()
+    });
+    size.filter(|size| *size == SECTOR_SIZE).unwrap_or(4096)
 }
 
 impl DiskFile {
