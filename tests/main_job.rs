@@ -231,9 +231,9 @@ fn what_cannot_be_found_or_collides_or_makes_no_sense_has_its_exit_code_and_one_
         ("snapshot revert a nope", 3, "nope"),
         ("snapshot delete a nope", 3, "nope"),
         ("volume attach nope", 3, "nope"),
-        // The image's name is taken and its job has failed, as with any other source that is not there.
+        ("image create i --from image:nope --wait", 3, "nope"),
+        // A volume is looked for by the image's job, which fails as with any other source that is not there.
         ("image create i1 --from volume:nope --wait", 1, "nope"),
-        ("image create i2 --from image:nope --wait", 1, "nope"),
         ("volume create a --size 1M", 4, "\"a\""),
         ("volume clone a a", 4, "\"a\""),
         ("snapshot create a s", 4, "\"s\""),
