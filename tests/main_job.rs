@@ -237,7 +237,7 @@ fn what_cannot_be_found_or_collides_or_makes_no_sense_has_its_exit_code_and_one_
         ("volume create a --size 1M", 4, "\"a\""),
         ("volume clone a a", 4, "\"a\""),
         ("snapshot create a s", 4, "\"s\""),
-        ("image create base --from /x", 4, "\"base\""),
+        ("image create base --from base.raw", 4, "\"base\""),
         ("image delete base", 4, "a"),
         ("volume create", 2, "NAME"),
         ("volume create v", 2, "--size"),
