@@ -240,7 +240,7 @@ fn what_cannot_be_found_or_collides_or_makes_no_sense_has_its_exit_code_and_one_
         ("image create base --from base.raw", 4, "\"base\""),
         ("image delete base", 4, "a"),
         ("volume create", 2, "NAME"),
-        ("volume create v", 2, "--size"),
+        ("volume create v", 2, "--image"),
         ("volume create v --size 1X", 2, "1X"),
         ("volume frobnicate", 2, "frobnicate"),
         ("image create i3 --from /nonexistent/file --wait", 1, "/nonexistent/file"),
