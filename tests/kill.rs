@@ -197,7 +197,7 @@ fn kept_bytes(node: &Node) -> u64 {
     let record = node.files_on_disk().into_iter().find(|file| file.ends_with("partial.json"));
     let text = record.and_then(|file| fs::read_to_string(node.path("disk").join(file)).ok());
     let record: Value = text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
-    record["position"].as_u64().unwrap_or(0)
+    record["kept"]["position"].as_u64().unwrap_or(0)
 }
 
 /// Run `line` beside the test and kill the node while a job of `kind` has moved some bytes. Whether it was still at it.
