@@ -1,0 +1,114 @@
+//! What goes on after something failed: full disks, syncs that fail in the middle of a switch, damaged neighbours.
+
+use std::{
+    io::ErrorKind,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use bedplate_engine::{
+    device::{BlockDevice, Durability},
+    error::Error,
+    exec::storage::{
+        Open, Storage,
+        memory::{CallKind, Fault, MemoryStorage},
+    },
+    units::ByteLen,
+    volume::{disk::Disk, life::Origin},
+};
+
+use crate::util::Images;
+
+fn open(storage: &Arc<MemoryStorage>) -> Arc<Disk> {
+    Disk::open_storage(storage.clone(), Arc::<Images>::default()).expect("the disk opens")
+}
+
+/// A disk in memory with an empty volume.
+fn disk(size: u64) -> (Arc<MemoryStorage>, Arc<Disk>) {
+    let storage = Arc::new(MemoryStorage::new(512));
+    let disk = open(&storage);
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(size))).expect("created");
+    (storage, disk)
+}
+
+fn first_byte(disk: &Disk) -> u8 {
+    let mut byte = [0];
+    disk.volume("v").expect("there").read_at(&mut byte, 0).expect("read");
+    byte[0]
+}
+
+#[test]
+fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
+    let (storage, disk) = disk(65536);
+    disk.create_snapshot("v", "s").expect("taken");
+    storage.set_faults(|call| {
+        let switch = call.kind == CallKind::SyncDir && call.path.starts_with("volumes/v-");
+        switch.then_some(Fault::Error(ErrorKind::Other))
+    });
+    assert!(matches!(disk.revert("v", "s", None), Err(Error::Uncertain { .. })));
+    storage.clear_faults();
+    disk.recover("v").expect("recovered");
+    disk.volume("v").expect("there").write_at(&[7; 4096], 0, Durability::Fua).expect("written");
+    assert_eq!(first_byte(&disk), 7);
+    drop(disk);
+    assert_eq!(first_byte(&open(&Arc::new(storage.kill()))), 7);
+}
+
+#[test]
+fn a_resize_that_finds_no_room_for_its_record_leaves_the_volume_as_it_was_and_writable() {
+    let (storage, disk) = disk(65536);
+    storage.set_faults(|call| {
+        let record = call.kind == CallKind::Create && call.path.ends_with("volume.json.new");
+        record.then_some(Fault::Error(ErrorKind::StorageFull))
+    });
+    assert!(matches!(disk.resize("v", ByteLen(1 << 20)), Err(Error::NoSpace { .. })));
+    storage.clear_faults();
+    let volume = disk.volume("v").expect("there");
+    assert_eq!(volume.geometry().size, ByteLen(65536));
+    volume.write_at(&[7; 4096], 61440, Durability::Fua).expect("written");
+    assert!(volume.write_at(&[7; 4096], 65536, Durability::Fua).is_err());
+    disk.resize("v", ByteLen(1 << 20)).expect("there is room now");
+}
+
+#[test]
+fn a_full_disk_flushes_discards_and_deletes_a_snapshot() {
+    let storage = Arc::new(MemoryStorage::new(512));
+    storage.limit(64 << 20);
+    let disk = open(&storage);
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(128 << 20))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 4096], 0, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "s").expect("taken");
+    let full = (0..).find_map(|n| volume.write_at(&[2; 4096], n * 4096, Durability::Volatile).err());
+    assert!(matches!(full, Some(Error::NoSpace { .. })), "{full:?}");
+    volume.flush().expect("what was acknowledged is flushed");
+    disk.delete_snapshot("v", "s").expect("deleted");
+    disk.reclaim(|| true).expect("reclaimed");
+    volume.discard(bedplate_engine::units::ByteRange::new(0, 1 << 20)).expect("discarded");
+    volume.flush().expect("flushed");
+    volume.write_at(&[3; 4096], 0, Durability::Fua).expect("there is room again");
+}
+
+#[test]
+fn reclaiming_ends_beside_a_volume_that_cannot_be_opened() {
+    let (storage, disk) = disk(65536);
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 4096], 0, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "s").expect("taken");
+    volume.write_at(&[2; 8192], 8192, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "t").expect("taken");
+    disk.clone_volume("v", Some("t"), "c").expect("cloned");
+    disk.delete_snapshot("v", "s").expect("deleted");
+    let head = disk.volume("c").expect("there").record().head;
+    drop((volume, disk));
+    let storage = Arc::new(storage.kill());
+    let map = storage.open(&format!("layers/{head}/map"), Open::ReadWrite).expect("opened");
+    map.write_at(&[9; 512], 0).expect("damaged");
+    let disk = open(&storage);
+    let asked = AtomicU32::new(0);
+    disk.reclaim(|| asked.fetch_add(1, Ordering::Relaxed) < 100).expect("reclaimed");
+    assert!(asked.load(Ordering::Relaxed) < 100);
+    assert_eq!(first_byte(&disk), 1);
+}
