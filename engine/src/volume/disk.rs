@@ -4,8 +4,8 @@
 //! (what a record names exists; nothing is collected while any record is unreadable), 11 (one writer per disk) and 12
 //! (one volume's failure stops neither another nor the start).
 //!
-//! Locks, in this order: `maintenance` (one merge, flatten or copy at a time), `life` (one record switch at a time),
-//! `tree` (short, never across data I/O).
+//! Locks, in this order: `maintenance` (one merge or flatten at a time), `life` (one record switch at a time), `tree`
+//! (what is open; maps are read under it, data never).
 
 use std::{
     collections::HashSet,
