@@ -183,7 +183,7 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
     let images = Images::open(disks.image_dirs(), settings, host.clone(), runtime.clone());
     bases.0.set(images.clone());
     disks.serve(&(bases as Arc<dyn BaseSource>));
-    let volumes = Arc::new(Volumes::new(disks.ready()));
+    let volumes = Arc::new(Volumes::new(disks.ready(), disks.unserved()));
     host.0.set((volumes.clone(), views.clone()));
 
     let files = Files::new(volumes.clone(), images.clone(), config.mount.clone());
