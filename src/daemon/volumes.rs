@@ -140,16 +140,15 @@ impl Volumes {
 
     /// Who stands on an image, or may, in words.
     pub fn users_of(&self, image: Uuid) -> Vec<String> {
-        let on_disk = |located: &Located, names: &[String]| names.contains(&located.name);
         let all = self.all();
         let mut users = Vec::new();
         for disk in &self.disks {
-            let names = disk.users_of(image);
-            users.extend(
-                all.iter()
-                    .filter(|located| located.disk.id() == disk.id() && on_disk(located, &names))
-                    .map(|located| format!("volume {}", located.served)),
-            );
+            for name in disk.users_of(image) {
+                // One that has just been made is on its disk before it is in the table.
+                let located =
+                    all.iter().find(|located| located.disk.id() == disk.id() && located.name == name);
+                users.push(format!("volume {}", located.map_or(&name, |located| &located.served)));
+            }
         }
         let unserved = self.unserved.iter().map(|path| path.display());
         users.extend(unserved.map(|path| format!("the volumes of disk {path}, which is not served")));
