@@ -195,7 +195,9 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
 
     let files = Files::new(volumes.clone(), images.clone(), config.mount.clone());
     let mount = Mount::start(&config.mount, Arc::new(files), mount_options(config))?;
-    let attachments = Attachments::open(Losetup::new(runtime.clone()), state, &config.mount);
+    // The kernel's name for it, without links: devices are known by the paths of their files.
+    let mount_dir = mount.dir().to_owned();
+    let attachments = Attachments::open(Losetup::new(runtime.clone()), state, &mount_dir);
     volumes.disks().iter().for_each(|disk| views.tidy(disk));
     Ok(Arc::new(LocalNode {
         disks,
@@ -204,7 +206,7 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
         images,
         jobs,
         attachments,
-        mount_dir: config.mount.clone(),
+        mount_dir,
         mount: Mutex::new(Some(mount)),
         closing: AtomicBool::new(false),
         started_at: Timestamp::now(),
