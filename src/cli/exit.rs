@@ -96,7 +96,7 @@ impl fmt::Display for Failure {
             Failure::Client(error) => write!(f, "{error}")?,
             Failure::Ended { detail, .. } | Failure::Serve { detail, .. } => f.write_str(detail)?,
             Failure::TimedOut { what, after } => {
-                write!(f, "{what} after {} s; it goes on, wait again or cancel it", after.as_secs())?;
+                write!(f, "{what} after {} s; it goes on, and can be waited for again", after.as_secs())?;
             }
             Failure::Config(error) => write!(f, "{error}")?,
             Failure::Io { what, source } => write!(f, "{what}: {source}")?,

@@ -85,6 +85,11 @@ impl Attachments {
     /// Give the volume with this file a device, or say which it has.
     pub fn attach(&self, volume: Uuid, file: &Path) -> Result<PathBuf, Refusal> {
         let mut table = self.lock();
+        if let Some(known) = table.attached.get(&volume)
+            && self.losetup.look(&known.device)?.is_some_and(|found| known.is(&found))
+        {
+            return Ok(known.device.clone());
+        }
         let (file_system, inode) = identity(file)?;
         let of_file = |device| Attachment { device, file_system: file_system.clone(), inode };
         let known = of_file(PathBuf::new());

@@ -87,7 +87,7 @@ impl images::Host for Host {
             // Nobody is known to use it, which must not mean that nobody does.
             return vec!["a node that is starting".to_owned()];
         };
-        volumes.users_of(image).into_iter().map(|name| format!("volume {name}")).collect()
+        volumes.users_of(image)
     }
 
     fn volume_view(&self, volume: &str, snapshot: Option<&str>) -> Result<Arc<dyn BlockDevice>, String> {

@@ -110,6 +110,12 @@ impl Disks {
         self.0.iter().filter_map(|slot| slot.ready().cloned()).collect()
     }
 
+    /// Directories of those that are ours and cannot be served: nobody knows what their volumes stand on.
+    pub fn unserved(&self) -> Vec<PathBuf> {
+        let unserved = self.0.iter().filter(|slot| slot.held.is_some() && slot.ready().is_none());
+        unserved.map(|slot| slot.path.clone()).collect()
+    }
+
     /// The directory of a disk, or its id where it is none of ours.
     pub fn path_of(&self, id: Uuid) -> String {
         let slot = self.0.iter().find(|slot| slot.id() == Some(id));

@@ -78,6 +78,44 @@ struct Table {
     closing: bool,
 }
 
+/// A job that has not begun; dropped, it never was.
+#[derive(Debug)]
+pub struct Place {
+    jobs: Arc<Jobs>,
+    id: u64,
+    shown: types::Job,
+    control: Arc<Control>,
+    is_run: bool,
+}
+
+impl Place {
+    /// Run `work` on a thread of its own.
+    pub fn run(mut self, work: impl FnOnce(&Control) -> Outcome + Send + 'static) -> types::Job {
+        self.is_run = true;
+        let (id, jobs, control) = (self.id, self.jobs.clone(), self.control.clone());
+        let spawned = thread::Builder::new().name(format!("job-{id}")).spawn(move || {
+            // A fault in one job must not leave it running for ever.
+            let outcome = catch_unwind(AssertUnwindSafe(|| work(&control))).unwrap_or_else(|_| {
+                Err(Refusal::new(Code::Internal, "the job ended without an answer; see the node's log"))
+            });
+            jobs.end(id, outcome);
+        });
+        if let Err(error) = spawned {
+            self.jobs.end(id, Err(Refusal::new(Code::Busy, format!("no thread for the job: {error}"))));
+        }
+        self.shown.clone()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.is_run {
+            self.jobs.lock().jobs.remove(&self.id);
+            self.jobs.ended.notify_all();
+        }
+    }
+}
+
 /// The jobs of a node.
 #[derive(Debug, Default)]
 pub struct Jobs {
@@ -94,6 +132,11 @@ impl Jobs {
         object: impl Into<String>,
         work: impl FnOnce(&Control) -> Outcome + Send + 'static,
     ) -> Result<types::Job, Refusal> {
+        Ok(self.take(kind, object)?.run(work))
+    }
+
+    /// Take a place for work that begins once something else has been done, which a busy node must not do in vain.
+    pub fn take(self: &Arc<Self>, kind: JobKind, object: impl Into<String>) -> Result<Place, Refusal> {
         let control = Arc::new(Control { meter: Meter::default(), stop: Stop::after(JOB_MAX) });
         let (id, shown) = {
             let mut table = self.lock();
@@ -119,18 +162,7 @@ impl Jobs {
             table.jobs.insert(id, job);
             (id, shown)
         };
-        let jobs = self.clone();
-        let spawned = thread::Builder::new().name(format!("job-{id}")).spawn(move || {
-            // A fault in one job must not leave it running for ever.
-            let outcome = catch_unwind(AssertUnwindSafe(|| work(&control))).unwrap_or_else(|_| {
-                Err(Refusal::new(Code::Internal, "the job ended without an answer; see the node's log"))
-            });
-            jobs.end(id, outcome);
-        });
-        if let Err(error) = spawned {
-            self.end(id, Err(Refusal::new(Code::Busy, format!("no thread for the job: {error}"))));
-        }
-        Ok(shown)
+        Ok(Place { jobs: self.clone(), id, shown, control, is_run: false })
     }
 
     pub fn list(&self) -> Vec<types::Job> {
@@ -262,6 +294,18 @@ mod tests {
         let job = jobs.wait(job.id, LONG).unwrap();
         assert_eq!((job.state, job.error.unwrap().code), (JobState::Failed, Code::NoSpace));
         assert_eq!(jobs.get(99).unwrap_err().code, Code::NotFound);
+    }
+
+    #[test]
+    fn a_place_counts_as_a_job_until_it_is_dropped() {
+        let jobs = Arc::new(Jobs::default());
+        let places: Vec<Place> =
+            (0..JOBS_RUNNING_MAX).map(|_| jobs.take(JobKind::SnapshotDelete, "a@s").unwrap()).collect();
+        assert_eq!(jobs.take(JobKind::SnapshotDelete, "a@s").unwrap_err().code, Code::Busy);
+        drop(places);
+        assert!(jobs.list().is_empty());
+        let job = jobs.take(JobKind::SnapshotDelete, "a@s").unwrap().run(|_| Ok(None));
+        assert_eq!(jobs.wait(job.id, LONG).unwrap().state, JobState::Done);
     }
 
     #[test]

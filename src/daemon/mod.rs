@@ -20,7 +20,9 @@ mod view;
 mod volumes;
 
 use std::{
-    io, process,
+    io,
+    path::PathBuf,
+    process,
     sync::{Arc, Mutex, atomic::AtomicBool},
     time::{Duration, Instant},
 };
@@ -74,6 +76,8 @@ const REOPEN_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 pub enum Error {
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
+    #[error("another node uses the state directory {}; stop it first, or name another --state", .0.display())]
+    StateHeld(PathBuf),
     #[error("{0}; stop it first, or name another --disk")]
     Held(Engine),
     #[error(transparent)]
@@ -89,6 +93,7 @@ impl Error {
     pub fn code(&self) -> Code {
         match self {
             Error::Io { .. } => Code::Storage,
+            Error::StateHeld(_) => Code::InUse,
             Error::Held(error) | Error::Flush(error) => engine_code(error),
             Error::Mount(
                 MountError::Foreign { .. } | MountError::Held { .. } | MountError::NotEmpty { .. },
@@ -169,8 +174,10 @@ async fn serve(config: Config) -> Result<(), Error> {
 /// Everything but the socket.
 fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
     let failed = |what: String| move |source| Error::Io { what, source };
-    let state =
-        StateDir::open(&config.state).map_err(failed(format!("create {}", config.state.display())))?;
+    let state = StateDir::open(&config.state).map_err(|source| match source.kind() {
+        io::ErrorKind::ResourceBusy => Error::StateHeld(config.state.clone()),
+        _ => Error::Io { what: format!("open {}", config.state.display()), source },
+    })?;
     if let Some(parent) = config.socket.parent() {
         std::fs::create_dir_all(parent).map_err(failed(format!("create {}", parent.display())))?;
     }
@@ -183,12 +190,14 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
     let images = Images::open(disks.image_dirs(), settings, host.clone(), runtime.clone());
     bases.0.set(images.clone());
     disks.serve(&(bases as Arc<dyn BaseSource>));
-    let volumes = Arc::new(Volumes::new(disks.ready()));
+    let volumes = Arc::new(Volumes::new(disks.ready(), disks.unserved()));
     host.0.set((volumes.clone(), views.clone()));
 
     let files = Files::new(volumes.clone(), images.clone(), config.mount.clone());
     let mount = Mount::start(&config.mount, Arc::new(files), mount_options(config))?;
-    let attachments = Attachments::open(Losetup::new(runtime.clone()), state, &config.mount);
+    // The kernel's name for it, without links: devices are known by the paths of their files.
+    let mount_dir = mount.dir().to_owned();
+    let attachments = Attachments::open(Losetup::new(runtime.clone()), state, &mount_dir);
     volumes.disks().iter().for_each(|disk| views.tidy(disk));
     Ok(Arc::new(LocalNode {
         disks,
@@ -197,7 +206,7 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
         images,
         jobs,
         attachments,
-        mount_dir: config.mount.clone(),
+        mount_dir,
         mount: Mutex::new(Some(mount)),
         closing: AtomicBool::new(false),
         started_at: Timestamp::now(),

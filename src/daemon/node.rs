@@ -398,9 +398,10 @@ impl Node for LocalNode {
     fn delete_snapshot(&self, volume: &str, name: &str) -> Result<Job> {
         self.admit()?;
         let located = self.find_open(volume)?;
-        located.disk.delete_snapshot(&located.name, name)?;
         let object = format!("{}@{name}", located.served);
-        self.jobs.start(JobKind::SnapshotDelete, object, move |control| reclaim(&located.disk, control))
+        let place = self.jobs.take(JobKind::SnapshotDelete, object)?;
+        located.disk.delete_snapshot(&located.name, name)?;
+        Ok(place.run(move |control| reclaim(&located.disk, control)))
     }
 
     fn revert_volume(&self, volume: &str, snapshot: &str, request: RevertVolume) -> Result<Volume> {

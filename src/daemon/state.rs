@@ -8,23 +8,41 @@ use std::{
     io::{self, Write},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use serde::{Serialize, de::DeserializeOwned};
 
-/// A directory that only the node writes to; the mount and the socket in it are for others, too.
+/// Its lock lasts as long as the process that holds it.
+const LOCK: &str = "node.lock";
+
+/// A directory that only this node writes to; the mount and the socket in it are for others, too.
 #[derive(Clone, Debug)]
-pub struct StateDir(PathBuf);
+pub struct StateDir {
+    path: PathBuf,
+    _lock: Arc<Flock<File>>,
+}
 
 impl StateDir {
+    /// Lock it, since a second node would take the first one's records for those of a node that is gone; an error of
+    /// the kind `ResourceBusy` tells that.
     pub fn open(path: &Path) -> io::Result<StateDir> {
         DirBuilder::new().recursive(true).mode(0o755).create(path)?;
-        Ok(StateDir(path.to_owned()))
+        let file = File::options().create(true).truncate(false).write(true).open(path.join(LOCK))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            Errno::EWOULDBLOCK => io::Error::new(io::ErrorKind::ResourceBusy, "another node uses it"),
+            errno => errno.into(),
+        })?;
+        Ok(StateDir { path: path.to_owned(), _lock: Arc::new(lock) })
     }
 
     /// The record `name`, or what there is before it has been written.
     pub fn load<T: DeserializeOwned + Default>(&self, name: &str) -> T {
-        let path = self.0.join(name);
+        let path = self.path.join(name);
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return T::default(),
@@ -45,13 +63,13 @@ impl StateDir {
 
     /// Replace the record `name`.
     pub fn store<T: Serialize>(&self, name: &str, record: &T) -> io::Result<()> {
-        let path = self.0.join(name);
-        let new = self.0.join(format!("{name}.new"));
+        let path = self.path.join(name);
+        let new = self.path.join(format!("{name}.new"));
         let mut file = File::create(&new)?;
         file.write_all(&serde_json::to_vec_pretty(record)?)?;
         file.sync_all()?;
         fs::rename(&new, &path)?;
-        File::open(&self.0)?.sync_all()
+        File::open(&self.path)?.sync_all()
     }
 }
 
@@ -71,5 +89,14 @@ mod tests {
         fs::write(dir.path().join("a/b/r.json"), "{").unwrap();
         assert!(state.load::<BTreeMap<String, u32>>("r.json").is_empty());
         assert_eq!(fs::read(dir.path().join("a/b/r.unreadable")).unwrap(), b"{");
+    }
+
+    #[test]
+    fn a_directory_that_a_node_uses_is_refused_to_another_until_the_first_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateDir::open(dir.path()).unwrap();
+        assert_eq!(StateDir::open(dir.path()).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        drop(first);
+        StateDir::open(dir.path()).unwrap();
     }
 }

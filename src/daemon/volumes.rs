@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -49,6 +50,8 @@ struct Table {
 #[derive(Debug, Default)]
 pub struct Volumes {
     disks: Vec<Arc<Disk>>,
+    /// Directories of disks whose volumes nobody can see.
+    unserved: Vec<PathBuf>,
     table: Mutex<Table>,
 }
 
@@ -66,9 +69,9 @@ impl Drop for Reservation<'_> {
 }
 
 impl Volumes {
-    /// Those of these disks, which are all open.
-    pub fn new(disks: Vec<Arc<Disk>>) -> Volumes {
-        let volumes = Volumes { disks, table: Mutex::default() };
+    /// Those of these disks, which are all open; there may be more on the others.
+    pub fn new(disks: Vec<Arc<Disk>>, unserved: Vec<PathBuf>) -> Volumes {
+        let volumes = Volumes { disks, unserved, table: Mutex::default() };
         for disk in &volumes.disks {
             for info in disk.volumes() {
                 let located = volumes.add(disk, &info);
@@ -135,19 +138,20 @@ impl Volumes {
         }
     }
 
-    /// Names of the volumes that stand on an image.
+    /// Who stands on an image, or may, in words.
     pub fn users_of(&self, image: Uuid) -> Vec<String> {
-        let on_disk = |located: &Located, names: &[String]| names.contains(&located.name);
         let all = self.all();
         let mut users = Vec::new();
         for disk in &self.disks {
-            let names = disk.users_of(image);
-            users.extend(
-                all.iter()
-                    .filter(|located| located.disk.id() == disk.id() && on_disk(located, &names))
-                    .map(|located| located.served.clone()),
-            );
+            for name in disk.users_of(image) {
+                // One that has just been made is on its disk before it is in the table.
+                let located =
+                    all.iter().find(|located| located.disk.id() == disk.id() && located.name == name);
+                users.push(format!("volume {}", located.map_or(&name, |located| &located.served)));
+            }
         }
+        let unserved = self.unserved.iter().map(|path| path.display());
+        users.extend(unserved.map(|path| format!("the volumes of disk {path}, which is not served")));
         users
     }
 

@@ -204,10 +204,15 @@ impl Disk {
         }
     }
 
-    /// Names of the volumes that stand on this image.
+    /// Names of the volumes that stand on this image, or may: what a volume without a readable record stands on
+    /// nobody knows.
     pub fn users_of(&self, image: Uuid) -> Vec<String> {
         let stands = |record: &VolumeRecord| record.image.as_ref().is_some_and(|known| known.uuid == image);
-        self.tree().records().into_iter().filter(stands).map(|record| record.name).collect()
+        let tree = self.tree();
+        let unreadable = tree.broken.iter().filter(|broken| broken.record.is_none());
+        let unreadable: Vec<String> = unreadable.map(|broken| broken.name.clone()).collect();
+        let known = tree.records().into_iter().filter(stands).map(|record| record.name);
+        known.chain(unreadable).collect()
     }
 
     /// Make every acknowledged change of every volume survive a crash.

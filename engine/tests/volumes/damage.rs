@@ -106,6 +106,8 @@ fn an_unreadable_record_is_listed_with_its_reason_and_stops_collection_only() {
         "{:?}",
         info.state
     );
+    let any_image = fixture.image(&[7; 8192]).uuid;
+    assert_eq!(disk.users_of(any_image), [info.name], "it may stand on any image");
     disk.create_volume("w", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
     disk.delete_volume("w").expect("deleted");
     assert!(layer_file(&fixture, "map").exists(), "nothing of the unreadable volume is collected");
