@@ -6,6 +6,8 @@
 //! configuration is sound, and its paths are absolute.
 
 use std::{
+    env,
+    ffi::OsString,
     fs, io,
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -116,7 +118,13 @@ fn advice(suggestion: Option<&str>) -> String {
 
 /// Where the command line finds the node when nobody says.
 pub fn default_socket() -> PathBuf {
-    Path::new(STATE_DEFAULT).join(SOCKET_NAME)
+    socket_in(env::var_os("BEDPLATE_STATE"))
+}
+
+/// Beside the state that a node would have with this environment.
+fn socket_in(state: Option<OsString>) -> PathBuf {
+    let state = state.filter(|state| !state.is_empty());
+    state.map_or_else(|| PathBuf::from(STATE_DEFAULT), PathBuf::from).join(SOCKET_NAME)
 }
 
 impl Settings {
@@ -361,5 +369,12 @@ mod tests {
                 other => panic!("{text}: {other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn the_command_line_finds_the_socket_where_the_environment_puts_the_state() {
+        assert_eq!(socket_in(None), Path::new("/var/lib/bedplate/bedplate.sock"));
+        assert_eq!(socket_in(Some("".into())), socket_in(None));
+        assert_eq!(socket_in(Some("/x".into())), Path::new("/x/bedplate.sock"));
     }
 }

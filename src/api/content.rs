@@ -4,7 +4,7 @@
 //! A read that fails cuts the connection before the announced length, so that a client cannot take what it has for
 //! the whole; HTTP has no other word for it once the status is sent.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -17,7 +17,7 @@ use bedplate_engine::{
     units::{ByteRange, to_usize},
 };
 use futures_util::stream;
-use tokio::sync::mpsc;
+use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
 /// Bytes of one piece of the body.
 const CHUNK_LEN: u64 = 1 << 20;
@@ -26,16 +26,21 @@ const CHUNKS_AHEAD_MAX: usize = 4;
 /// How much of the device is asked about at once.
 const EXTENTS_WINDOW: u64 = 1 << 30;
 
+/// How long a client may take nothing before its stream, and the view that it reads, are given up.
+const CLIENT_MAX: Duration = Duration::from_secs(120);
+
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
 /// All bytes of `device`, with their number announced.
 pub fn response(device: Arc<dyn BlockDevice>) -> Response {
     let len = device.geometry().size.0;
     let (chunks, queue) = mpsc::channel(CHUNKS_AHEAD_MAX);
+    let runtime = Handle::current();
     tokio::task::spawn_blocking(move || {
-        if let Err(error) = feed(device.as_ref(), &chunks) {
+        if let Err(error) = feed(device.as_ref(), &chunks, &runtime, CLIENT_MAX) {
             tracing::warn!(%error, "a stream of content ends early");
-            drop(chunks.blocking_send(Err(error)));
+            // Where there is no room the client reads nothing; the missing bytes tell it the same.
+            drop(chunks.try_send(Err(error)));
         }
     });
     let body = stream::unfold(queue, |mut queue| async move { Some((queue.recv().await?, queue)) });
@@ -47,10 +52,16 @@ pub fn response(device: Arc<dyn BlockDevice>) -> Response {
 }
 
 /// Send everything in order; ends early, without an error, when nobody listens any more.
-fn feed(device: &dyn BlockDevice, chunks: &mpsc::Sender<Result<Bytes, Error>>) -> Result<(), Error> {
+fn feed(
+    device: &dyn BlockDevice,
+    chunks: &mpsc::Sender<Result<Bytes, Error>>,
+    runtime: &Handle,
+    patience: Duration,
+) -> Result<(), Error> {
     let size = device.geometry().size.0;
     let mut at = 0;
     while at < size {
+        let asked = at;
         for extent in device.extents(ByteRange::new(at, EXTENTS_WINDOW.min(size - at)))? {
             let end = extent.range.end().0;
             while at < end {
@@ -63,11 +74,18 @@ fn feed(device: &dyn BlockDevice, chunks: &mpsc::Sender<Result<Bytes, Error>>) -
                         Bytes::from(buffer)
                     }
                 };
-                if chunks.blocking_send(Ok(chunk)).is_err() {
-                    return Ok(());
+                match runtime.block_on(timeout(patience, chunks.send(Ok(chunk)))) {
+                    Ok(Ok(())) => at += len,
+                    Ok(Err(_)) => return Ok(()),
+                    Err(_) => {
+                        let seconds = patience.as_secs();
+                        return Err(Error::Invalid(format!("the client took nothing for {seconds} s")));
+                    }
                 }
-                at += len;
             }
+        }
+        if at == asked {
+            return Err(Error::Invalid(format!("the device tells nothing of its content at {at}")));
         }
     }
     Ok(())

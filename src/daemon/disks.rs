@@ -110,6 +110,11 @@ impl Disks {
         self.0.iter().filter_map(|slot| slot.ready().cloned()).collect()
     }
 
+    /// The directories of all, in their order.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().map(|slot| slot.path.as_path())
+    }
+
     /// Directories of those that are ours and cannot be served: nobody knows what their volumes stand on.
     pub fn unserved(&self) -> Vec<PathBuf> {
         let unserved = self.0.iter().filter(|slot| slot.held.is_some() && slot.ready().is_none());

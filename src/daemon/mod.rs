@@ -207,6 +207,7 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
         jobs,
         attachments,
         mount_dir,
+        state_dir: config.state.clone(),
         mount: Mutex::new(Some(mount)),
         closing: AtomicBool::new(false),
         started_at: Timestamp::now(),

@@ -52,6 +52,7 @@ pub struct LocalNode {
     pub jobs: Arc<Jobs>,
     pub attachments: Attachments,
     pub mount_dir: PathBuf,
+    pub state_dir: PathBuf,
     /// Taken when the node goes down.
     pub mount: Mutex<Option<Mount>>,
     pub closing: AtomicBool,
@@ -181,6 +182,25 @@ impl LocalNode {
         chosen.cloned().ok_or_else(|| {
             Refusal::new(Code::Storage, "no disk is served that could hold it; see `bedplate doctor`")
         })
+    }
+
+    /// Refuse to write among the node's own files, whatever links lead there.
+    fn check_target(&self, path: &Path) -> Result<()> {
+        // One that is not there is refused when the file is made.
+        let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
+        let lies_in = |dir: &Path| {
+            let real = dir.canonicalize();
+            path.starts_with(dir)
+                || parent.as_ref().zip(real.ok()).is_some_and(|(parent, real)| parent.starts_with(real))
+        };
+        let mut own = self.disks.paths().chain([self.state_dir.as_path(), &self.mount_dir]);
+        match own.find(|dir| lies_in(dir)) {
+            None => Ok(()),
+            Some(dir) => {
+                let dir = dir.display();
+                Err(Refusal::new(Code::Invalid, format!("{path:?} lies in the node's own directory {dir}")))
+            }
+        }
     }
 
     fn view(&self, origin: &Origin) -> Result<Arc<dyn BlockDevice>> {
@@ -427,9 +447,7 @@ impl Node for LocalNode {
         if !path.is_absolute() {
             return Err(Refusal::new(Code::Invalid, format!("{path:?} is not an absolute path")));
         }
-        if path.starts_with(&self.mount_dir) {
-            return Err(Refusal::new(Code::Invalid, format!("{path:?} lies in the node's own mount")));
-        }
+        self.check_target(&path)?;
         let existing = match request.existing {
             Existing::Refuse => export::Existing::Refuse,
             Existing::Replace => export::Existing::Replace,
