@@ -127,16 +127,16 @@ fn part(headers: &HeaderMap, asked: &Asked<'_>) -> Answer {
             "the image changed at its origin: it had {known} bytes, now it has {total}"
         ));
     }
-    // If-Range should have seen to this; an origin that ignores it is found out here.
-    let changed = match (asked.validator, validator(headers)) {
-        (Validator::Etag(was), Validator::Etag(is)) => *was != is,
-        (Validator::LastModified(was), _) => {
-            text(headers, LAST_MODIFIED.as_str()).is_some_and(|is| is != was)
-        }
-        (Validator::Etag(_) | Validator::None | Validator::File { .. }, _) => false,
+    // If-Range should have seen to this; an origin that ignores it is found out here. A 206 has to repeat the ETag
+    // (RFC 9110, 15.3.7), so that one without it proves nothing. It may leave Last-Modified out: then we pay with a
+    // transfer from byte 0, rather than join bytes of what may be two files.
+    let changed = match asked.validator {
+        Validator::Etag(was) => text(headers, ETAG.as_str()) != Some(was.as_str()),
+        Validator::LastModified(was) => text(headers, LAST_MODIFIED.as_str()) != Some(was.as_str()),
+        Validator::None | Validator::File { .. } => false,
     };
     if changed {
-        return start_again("the image changed at its origin".to_owned());
+        return start_again("the origin does not show that the image is still the same".to_owned());
     }
     Answer::Part { total }
 }
@@ -279,6 +279,24 @@ mod tests {
         let range = ("content-range", "bytes 100-999/1000");
         assert_eq!(answer(206, &[range, ("etag", "\"one\"")], &ask), Answer::Part { total: 1000 });
         assert!(matches!(answer(206, &[range, ("etag", "\"two\"")], &ask), Answer::StartAgain { .. }));
+    }
+
+    #[test]
+    fn a_part_that_does_not_repeat_its_validator_is_not_taken() {
+        let range = ("content-range", "bytes 100-999/1000");
+        let (old, new) = ("Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:50:37 GMT");
+        let etag = Validator::Etag("\"one\"".to_owned());
+        let ask = asked(100, Some(1000), &etag);
+        for headers in [vec![range], vec![range, ("etag", "W/\"one\"")], vec![range, ("last-modified", old)]]
+        {
+            assert!(matches!(answer(206, &headers, &ask), Answer::StartAgain { .. }), "{headers:?}");
+        }
+        let modified = Validator::LastModified(old.to_owned());
+        let ask = asked(100, Some(1000), &modified);
+        assert_eq!(answer(206, &[range, ("last-modified", old)], &ask), Answer::Part { total: 1000 });
+        for headers in [vec![range], vec![range, ("last-modified", new)], vec![range, ("etag", "\"one\"")]] {
+            assert!(matches!(answer(206, &headers, &ask), Answer::StartAgain { .. }), "{headers:?}");
+        }
     }
 
     #[test]
