@@ -23,6 +23,10 @@ waits for the result. A download that breaks off goes on where it was, also afte
 
 SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), or image:NAME.
 
+An image is refused, or its arrival ends, before the disk has less than 1 GiB free, or 2 % of its size if that is more \
+(but at most a quarter of a small disk), because volumes grow on the same disk. What had come is kept for another try, \
+unless the source never said how much there is.
+
 Examples:
   bedplate image create debian --from https://example.org/debian.raw --checksum 5bb3a8... --wait
   bedplate image create golden --from volume:build@done --wait --timeout 10m

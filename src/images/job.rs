@@ -35,7 +35,8 @@ use crate::{
     },
 };
 
-const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+/// The names of what is kept of an arrival.
+pub(super) const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
 
 /// What a job does.
 pub(super) enum Work {
@@ -258,7 +259,9 @@ fn failure_record(failure: &Failure) -> FailureRecord {
     let code = match failure {
         Failure::Checksum { .. } => FailureCode::Checksum,
         Failure::Corrupt(_) | Failure::Storage(Storage::Corrupt { .. }) => FailureCode::Corrupt,
-        Failure::NoSpace { .. } | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
+        Failure::NoSpace { .. }
+        | Failure::NoSpaceForUnknown { .. }
+        | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
         Failure::Unsupported(_) => FailureCode::Unsupported,
         // A stopped job is not recorded as failed.
         Failure::Source(_) | Failure::Stopped => FailureCode::Source,

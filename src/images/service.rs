@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::{
     info::{Error, Host, Result, Settings},
-    job::Work,
+    job::{NAMES, Work},
     origin::From as Origin,
     table::{Entry, Image, Table},
 };
@@ -28,6 +28,7 @@ use crate::{
         store::{DiskDir, Found, ImageDir, ImageStore, stamp},
     },
     directory::Open,
+    prep::partial::Kept,
 };
 
 pub(super) struct Service {
@@ -113,10 +114,10 @@ impl Service {
                     | FailureCode::Corrupt
                     | FailureCode::Unsupported
                     | FailureCode::Cancelled => clear(&name, &dir),
-                    FailureCode::NoSpace
-                    | FailureCode::Source
-                    | FailureCode::TimedOut
-                    | FailureCode::Storage => {}
+                    // Of a source that never said how much there is, nothing is kept: see `Failure::keeps_partial`.
+                    FailureCode::NoSpace if knows_its_length(&dir) => {}
+                    FailureCode::NoSpace => clear(&name, &dir),
+                    FailureCode::Source | FailureCode::TimedOut | FailureCode::Storage => {}
                 },
             }
         }
@@ -213,6 +214,11 @@ fn differs(dir: &ImageDir, published: &Published) -> Option<String> {
         Err(e) if e.is_not_found() => Some("its file is gone".to_owned()),
         Err(e) => Some(e.to_string()),
     }
+}
+
+/// Whether what is kept of an arrival is of a source that said how long it is.
+fn knows_its_length(dir: &ImageDir) -> bool {
+    Kept::load(dir.directory(), NAMES).is_some_and(|kept| kept.total.is_some())
 }
 
 fn clear(name: &str, dir: &ImageDir) {

@@ -26,6 +26,7 @@ use super::{
     },
     probe::{Content, PROBE_LEN, probe},
     progress::{Meter, Phase},
+    room::check_fits,
     source::{Source, Validator},
     stop::Stop,
 };
@@ -35,8 +36,6 @@ use crate::directory::{Directory, Open};
 const PIECE_LEN: u64 = 1 << 20;
 /// Zeros that travel as one piece.
 const ZEROS_LEN_MAX: u64 = 64 << 20;
-/// Left free on the disk, so that records can still be written.
-const SPACE_RESERVE_BYTES: u64 = 4 << 20;
 
 /// What is to arrive, and where.
 #[derive(Debug)]
@@ -174,7 +173,8 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
 
         let mut arrival = Arrival::new(spec, to_hash, to_write, kept);
         let outcome = source.transfer(&mut arrival).and_then(|()| arrival.finish());
-        let (size_bytes, validator, parts) = (arrival.position(), arrival.validator.clone(), arrival.parts);
+        let (size_bytes, total) = (arrival.position(), arrival.total);
+        let (validator, parts) = (arrival.validator.clone(), arrival.parts);
         if outcome.as_ref().err().is_some_and(Failure::keeps_partial) {
             // What came last is worth a sync; if that fails, less is kept and the first reason stays.
             drop(arrival.mark());
@@ -184,9 +184,13 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
         let hasher = hashing.join();
         spec.meter.enter(Phase::Syncing);
         // A disk that refuses is why the source could not deliver, so its word comes first.
-        joined(writing.join())?;
-        joined(syncing.join())?;
-        outcome?;
+        let written = joined(writing.join()).and(joined(syncing.join().map(|synced| Ok(synced?))));
+        written.and(outcome).map_err(|failure| match failure {
+            Failure::NoSpace { .. } | Failure::Storage(Storage::NoSpace { .. }) if total.is_none() => {
+                Failure::NoSpaceForUnknown { path: spec.dir.path().to_owned(), arrived_bytes: size_bytes }
+            }
+            other => other,
+        })?;
         match hasher {
             Ok(hasher) => Ok(Pass { hasher, size_bytes, validator, parts }),
             Err(_) => Err(Failure::Source("the hashing thread ended unexpectedly".to_owned())),
@@ -194,11 +198,8 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
     })
 }
 
-fn joined(result: std::thread::Result<Result<(), Storage>>) -> Result<()> {
-    match result {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Failure::Source("a writing thread ended unexpectedly".to_owned())),
-    }
+fn joined(result: std::thread::Result<Result<()>>) -> Result<()> {
+    result.unwrap_or_else(|_| Err(Failure::Source("a writing thread ended unexpectedly".to_owned())))
 }
 
 fn probe_file(file: &File, path: &Path) -> Result<Content> {
@@ -288,14 +289,9 @@ impl<'a> Arrival<'a> {
             self.check_size(total)?;
         }
         let left = total.map_or(0, |total| total.saturating_sub(self.position()));
-        let needed_bytes = needed_bytes.unwrap_or(left).saturating_add(SPACE_RESERVE_BYTES);
-        let free_bytes = self.spec.dir.free_bytes()?;
-        if needed_bytes > free_bytes {
-            let path = self.spec.dir.path().to_owned();
-            return Err(Failure::NoSpace { path, needed_bytes, free_bytes });
-        }
         self.total = total;
         self.validator = validator;
+        check_fits(&self.spec.dir, needed_bytes.unwrap_or(left))?;
         self.spec.meter.begin(Phase::Transferring, self.position(), total);
         Ok(())
     }

@@ -14,6 +14,7 @@ pub mod partial;
 mod pipeline;
 pub mod probe;
 pub mod progress;
+pub mod room;
 pub mod source;
 pub mod stop;
 #[cfg(test)]

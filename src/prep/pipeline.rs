@@ -18,7 +18,9 @@ use bedplate_engine::error::{Error, Result};
 
 use super::{
     checksum::{Expected, Hasher, Midstate},
+    failure::Failure,
     partial::{Kept, PartialNames},
+    room::check_reserve,
     source::Validator,
     write::write_sparse,
 };
@@ -92,10 +94,11 @@ pub(super) fn write_pieces(
     syncs: &SyncSender<SyncTask>,
     target: Target<'_>,
     mut position: u64,
-) -> Result<()> {
+) -> Result<(), Failure> {
     for piece in pieces {
         match piece {
             Piece::Data(bytes) => {
+                check_reserve(target.dir)?;
                 write_sparse(target.file, &bytes, position)
                     .map_err(|e| Error::io("write", target.path, e))?;
                 position += bytes.len() as u64;

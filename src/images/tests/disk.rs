@@ -1,12 +1,17 @@
 //! What the disk does: it fills up, its bytes change, its records are not ours.
 
-use std::{os::unix::fs::FileExt, process::Command};
+use std::{
+    os::unix::fs::FileExt,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use super::{
     arrivals::damage_quietly,
     origin::{Answer, Origin},
     *,
 };
+use crate::prep::room::reserve_bytes;
 
 /// A file system of its own, unmounted at the end.
 struct SmallDisk {
@@ -76,15 +81,17 @@ fn room_is_checked_before_the_first_byte() {
 
 #[test]
 fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_there_is_room() {
-    let disk = SmallDisk::tmpfs("16m");
+    let disk = SmallDisk::tmpfs("32m");
     let ballast = disk.path().join("ballast");
-    std::fs::write(&ballast, vec![1; 8 << 20]).unwrap();
     let content = noise(10 << 20, 42);
-    let body = content.clone();
-    // No length is said, so that nothing can be checked ahead.
-    let origin = Origin::start(move |asked| match asked.first() {
-        0 => Answer::chunked(&body, "etag: \"v1\"\r\n", None),
-        first => Answer::part(&body, first, "etag: \"v1\"\r\n"),
+    let (body, other) = (content.clone(), ballast.clone());
+    let origin = Origin::start(move |asked| {
+        if asked.index == 1 {
+            // Somebody else fills the disk between two attempts.
+            std::fs::write(&other, vec![1; 15 << 20]).unwrap();
+        }
+        let answer = Answer::file(asked, &body, "\"v1\"");
+        if asked.index == 0 { answer.cut(4 << 20) } else { answer }
     });
     let node = Node::over(disk.path(), settings());
     let failed = failure(node.bring("a", &origin.url("/a")));
@@ -95,17 +102,62 @@ fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_the
     std::fs::remove_file(ballast).unwrap();
     node.bring("a", &origin.url("/a")).unwrap();
     assert!(node.content("a") == content);
-    assert!(origin.seen()[1].0.first() >= 1 << 20);
+    assert!(origin.seen()[2].0.first() >= 1 << 20);
     node.delete("a").unwrap();
 }
 
 #[test]
-fn a_cancel_clears_what_a_failed_job_has_kept() {
-    let disk = SmallDisk::tmpfs("8m");
-    let body = noise(10 << 20, 43);
+fn a_source_without_an_end_stops_before_the_disk_is_full_and_leaves_nothing() {
+    let disk = SmallDisk::tmpfs("64m");
+    let body = noise(100 << 20, 43);
+    let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
+    let node = Node::over(disk.path(), settings());
+    let held = DiskDir::open(Uuid::nil(), disk.path()).unwrap();
+    let before = held.free_bytes().unwrap();
+    node.create("a", &origin.url("/a"), None).unwrap();
+    let ended = AtomicBool::new(false);
+    let (failed, least) = std::thread::scope(|scope| {
+        let watched = scope.spawn(|| {
+            let mut least = before;
+            while !ended.load(Ordering::Acquire) {
+                least = least.min(held.free_bytes().unwrap());
+                std::thread::sleep(POLL);
+            }
+            least
+        });
+        let failed = failure(node.wait("a"));
+        ended.store(true, Ordering::Release);
+        (failed, watched.join().unwrap())
+    });
+    assert_eq!(failed.code, FailureCode::NoSpace);
+    assert!(failed.message.contains("does not say how many"), "{}", failed.message);
+    // One piece, and what its record takes, may be written before it is seen.
+    assert!(least >= reserve_bytes(64 << 20) - (2 << 20), "{least} bytes were free at the least");
+    assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
+}
+
+#[test]
+fn what_a_crash_left_of_a_source_without_an_end_is_cleared_away_at_the_next_start() {
+    let disk = SmallDisk::tmpfs("16m");
+    let body = noise(20 << 20, 45);
     let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
     let node = Node::over(disk.path(), settings());
     assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::NoSpace);
+    // As it is between the record and the removal.
+    std::fs::write(node.image_dir("a").join("partial.data"), noise(1 << 20, 46)).unwrap();
+    let node = node.restart();
+    assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
+}
+
+#[test]
+fn a_cancel_clears_what_a_failed_job_has_kept() {
+    let body = noise(4 << 20, 43);
+    let origin = Origin::start(move |asked| match asked.index {
+        0 => Answer::file(asked, &body, "\"v1\"").cut(2 << 20),
+        _ => Answer::status("404 Not Found"),
+    });
+    let node = Node::new();
+    assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::Source);
     assert!(node.images.get("a").unwrap().allocated_bytes > 0);
     assert_eq!(node.cancel("a").unwrap().allocated_bytes, 0);
 }
