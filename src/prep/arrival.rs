@@ -202,6 +202,11 @@ fn joined(result: std::thread::Result<Result<()>>) -> Result<()> {
     result.unwrap_or_else(|_| Err(Failure::Source("a writing thread ended unexpectedly".to_owned())))
 }
 
+/// A queue is closed: its thread has failed, and its own error is the one that is reported.
+fn closed() -> Failure {
+    Failure::Source("the disk does not take the bytes".to_owned())
+}
+
 fn probe_file(file: &File, path: &Path) -> Result<Content> {
     let mut first = [0; PROBE_LEN];
     let len = file.read_at(&mut first, 0).map_err(|e| Storage::io("read", path, e))?;
@@ -339,13 +344,16 @@ impl<'a> Arrival<'a> {
         Ok(())
     }
 
-    /// Everything that has arrived belongs to something else: begin at byte 0.
+    /// Everything that has arrived belongs to something else: begin at byte 0. On return it takes no space any more.
     pub fn restart(&mut self) -> Result<()> {
         self.buffer.clear();
         (self.sent, self.marked, self.probed) = (0, 0, false);
         (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
         self.spec.meter.begin(Phase::Connecting, 0, None);
-        self.send(Piece::Restart)
+        let (done, emptied) = sync_channel(1);
+        self.send(Piece::Restart(done))?;
+        // Both threads let go of it, also when they fail, so that this ends.
+        emptied.recv().map_err(|_| closed())
     }
 
     /// Have everything up to here made durable and kept; does not wait for it.
@@ -399,8 +407,6 @@ impl<'a> Arrival<'a> {
     }
 
     fn send(&self, piece: Piece) -> Result<()> {
-        // A closed queue: its thread has failed, and its own error is the one that is reported.
-        let closed = || Failure::Source("the disk does not take the bytes".to_owned());
         self.to_hash.send(piece.clone()).map_err(|_| closed())?;
         self.to_write.send(piece).map_err(|_| closed())
     }

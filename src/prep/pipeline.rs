@@ -40,8 +40,8 @@ pub(super) enum Piece {
     /// So many zeros, which were never bytes.
     Zeros(u64),
     Mark(Mark),
-    /// Everything so far was for nothing.
-    Restart,
+    /// Everything so far was for nothing. The writer answers when the file is empty and its space free again.
+    Restart(SyncSender<()>),
 }
 
 /// A place in the arrival where its state is worth keeping.
@@ -82,7 +82,7 @@ pub(super) fn hash_pieces(
             Piece::Zeros(len) => hasher.zeros(len),
             // When nobody takes it, the syncing thread has failed and says so itself.
             Piece::Mark(_) => drop(midstates.send(hasher.midstate())),
-            Piece::Restart => hasher = Hasher::new(expected),
+            Piece::Restart(_) => hasher = Hasher::new(expected),
         }
     }
     hasher
@@ -111,7 +111,7 @@ pub(super) fn write_pieces(
                     return Ok(());
                 }
             }
-            Piece::Restart => {
+            Piece::Restart(emptied) => {
                 // The record goes first: it must not vouch for bytes that are being replaced.
                 let (done, forgotten) = std::sync::mpsc::sync_channel(1);
                 if syncs.send(SyncTask::Forget(done)).is_err() || forgotten.recv().is_err() {
@@ -119,6 +119,8 @@ pub(super) fn write_pieces(
                 }
                 target.file.set_len(0).map_err(|e| Error::io("truncate", target.path, e))?;
                 position = 0;
+                // The source waits for this, unless it is gone.
+                let _ = emptied.send(());
             }
         }
     }

@@ -1,7 +1,7 @@
 //! What the disk does: it fills up, its bytes change, its records are not ours.
 
 use std::{
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -11,7 +11,17 @@ use super::{
     origin::{Answer, Origin},
     *,
 };
-use crate::prep::room::reserve_bytes;
+use crate::{
+    directory::Directory,
+    prep::{
+        arrival::{Spec, arrive},
+        checksum::Hasher,
+        partial::{Kept, PartialNames},
+        room::reserve_bytes,
+        source::{Validator, file::FileSource},
+        stop::Stop,
+    },
+};
 
 /// A file system of its own, unmounted at the end.
 struct SmallDisk {
@@ -160,6 +170,59 @@ fn a_cancel_clears_what_a_failed_job_has_kept() {
     assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::Source);
     assert!(node.images.get("a").unwrap().allocated_bytes > 0);
     assert_eq!(node.cancel("a").unwrap().allocated_bytes, 0);
+}
+
+/// A copy of `source` that was interrupted after `position` bytes, and goes on now.
+fn go_on(disk: &SmallDisk, source: &Path, position: u64, kept_of: &std::fs::Metadata) -> FileArrival {
+    let held = Arc::new(Directory::open(disk.path()).unwrap());
+    let names = PartialNames { data: "partial.data", record: "partial.json" };
+    let mut content = std::fs::read(source).unwrap();
+    content.truncate(usize::try_from(position).unwrap());
+    std::fs::write(disk.path().join(names.data), &content).unwrap();
+    let mut hasher = Hasher::new(None);
+    hasher.update(&content);
+    let validator = Validator::File {
+        device: kept_of.dev(),
+        inode: kept_of.ino(),
+        size_bytes: kept_of.len(),
+        mtime_ns: kept_of.mtime() * 1_000_000_000 + kept_of.mtime_nsec(),
+    };
+    let (total, midstate) = (Some(kept_of.len()), hasher.midstate());
+    Kept { position, total, complete: false, validator, midstate }.store(&held, names).unwrap();
+    let spec = Spec {
+        dir: held,
+        names,
+        expected: None,
+        size_max: u64::MAX,
+        sync_bytes: 1 << 20,
+        sync_interval: PATIENCE,
+        meter: Arc::default(),
+        stop: Arc::new(Stop::after(PATIENCE)),
+    };
+    arrive(&spec, &mut FileSource::new(source)).map(|arrived| arrived.sums.sha512)
+}
+
+type FileArrival = Result<String, crate::prep::failure::Failure>;
+
+#[test]
+fn a_copy_that_goes_on_needs_room_only_for_what_is_left() {
+    let disk = SmallDisk::tmpfs("64m");
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    std::fs::write(&source, noise(40 << 20, 47)).unwrap();
+    let sum = go_on(&disk, &source, 20 << 20, &source.metadata().unwrap()).unwrap();
+    assert_eq!(sum, sha512(&noise(40 << 20, 47)));
+}
+
+#[test]
+fn a_copy_that_begins_again_has_the_room_of_what_is_thrown_away() {
+    let disk = SmallDisk::tmpfs("64m");
+    let dir = tempfile::tempdir().unwrap();
+    let (source, other) = (dir.path().join("source"), dir.path().join("other"));
+    std::fs::write(&source, noise(40 << 20, 48)).unwrap();
+    std::fs::write(&other, noise(40 << 20, 48)).unwrap();
+    let sum = go_on(&disk, &source, 20 << 20, &other.metadata().unwrap()).unwrap();
+    assert_eq!(sum, sha512(&noise(40 << 20, 48)));
 }
 
 #[test]
