@@ -88,6 +88,26 @@ pub struct Progress {
     pub next_retry_at: Option<Timestamp>,
 }
 
+/// What a verification found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VerificationState {
+    /// The bytes are the ones that were verified before.
+    Passed,
+    /// They are not (`corrupt`), or it ended before that was known; the code says which.
+    Failed,
+}
+
+/// How reading a copy back from the medium ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Verification {
+    pub state: VerificationState,
+    /// Why it failed.
+    pub message: Option<String>,
+    /// The stable word for the message.
+    pub code: Option<Code>,
+}
+
 /// An image's file on one disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Copy {
@@ -100,6 +120,8 @@ pub struct Copy {
     pub message: Option<String>,
     /// The stable word for the message, where it is failed.
     pub code: Option<Code>,
+    /// How the last verification ended; `null` while one runs, and until the first since the node started.
+    pub verification: Option<Verification>,
 }
 
 /// An image: immutable bytes with a name and a checksum.

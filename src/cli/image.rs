@@ -88,10 +88,13 @@ Example:
         output: OutputArgs,
     },
     /// Read an image back from the disk and compare its checksum
-    #[command(after_long_help = "Exits with 5 when the bytes are not what they were.
+    #[command(
+        after_long_help = "Exits with 0 only when every byte was read and is what it was; with 5 when one is \
+not, with 1 when the verification was cancelled, and with 6 when it took too long.
 
 Example:
-  bedplate image verify debian")]
+  bedplate image verify debian"
+    )]
     Verify {
         /// The image's name or uuid
         name: String,
@@ -143,7 +146,7 @@ pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
         Verb::Cancel { name, output } => output.print(&client.cancel_image(&name).await?, details),
         Verb::Verify { name, timeout, output } => {
             let image = client.verify_image(&name).await?;
-            let image = wait::image(client, image, timeout.timeout).await?;
+            let image = wait::verification(client, image, timeout.timeout).await?;
             output.print(&image, details)
         }
         Verb::Export { name, export } => export::run(Origin::Image(name), export, client).await,

@@ -80,6 +80,15 @@ pub enum ImageState {
     Unknown(String),
 }
 
+/// How reading a copy back from the medium ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verification {
+    /// The bytes are the ones that were verified before.
+    Passed,
+    /// They are not, or it ended before that was known; which of the two, the code says.
+    Failed(FailureRecord),
+}
+
 /// An image's file on one disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CopyInfo {
@@ -88,6 +97,8 @@ pub struct CopyInfo {
     pub state: ImageState,
     /// While a job is at it.
     pub progress: Option<Progress>,
+    /// How the last verification ended; unknown while one runs, and until the first since the node started.
+    pub verification: Option<Verification>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

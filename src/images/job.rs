@@ -10,7 +10,7 @@ use bedplate_engine::error::Error as Storage;
 use uuid::Uuid;
 
 use super::{
-    info::Error,
+    info::{Error, Verification},
     origin::From as Origin,
     service::Service,
     table::{Job, JobKind},
@@ -62,6 +62,7 @@ impl Service {
             let limit = asked.map_or(self.settings.deadline, Duration::from_secs);
             let job = Job { kind, meter: Arc::new(Meter::default()), stop: Arc::new(Stop::after(limit)) };
             image.job = Some(job.clone());
+            image.verification = None;
             job
         };
         let service = self.clone();
@@ -185,6 +186,11 @@ impl Service {
         let before = record.state.clone();
         let discard = outcome.as_ref().err().is_some_and(|failure| !failure.keeps_partial());
         let mut doubt = None;
+        let verification = match (job.kind, &outcome) {
+            (JobKind::Arrival, _) => None,
+            (JobKind::Verification, Ok(_)) => Some(Verification::Passed),
+            (JobKind::Verification, Err(failure)) => Some(Verification::Failed(failure_record(failure))),
+        };
         match (outcome, job.kind) {
             (Ok(published), kind) => {
                 let size_bytes = published.stamp.size_bytes;
@@ -225,6 +231,7 @@ impl Service {
             image.record = record;
             image.doubt = doubt;
             image.job = None;
+            image.verification = verification;
         }
         drop(table);
         self.notify();

@@ -43,7 +43,9 @@ pub use crate::{
         source::http::HttpSettings,
     },
 };
-pub use info::{BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings};
+pub use info::{
+    BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification,
+};
 use job::Work;
 use origin::From as Origin;
 pub use remove::ImageHold;
@@ -96,7 +98,7 @@ impl Images {
         };
         let uuid = record.uuid;
         let name = record.name.to_string();
-        let image = Image { record, dir, store, doubt: None, job: None, deleting: false, holds: Vec::new() };
+        let image = Image::new(record, dir, store);
         service.lock().entries.insert(name.clone(), Entry::Image(Box::new(image)));
         service.start(uuid, Work::Arrival(origin));
         self.get(&name)

@@ -232,15 +232,7 @@ fn enter(table: &mut Table, store: &ImageStore, found: Found) {
         Found::Image(record, dir) => {
             let name = record.name.to_string();
             let uuid8: String = record.uuid.simple().to_string().chars().take(8).collect();
-            let image = Image {
-                record,
-                dir,
-                store: store.clone(),
-                doubt: None,
-                job: None,
-                deleting: false,
-                holds: Vec::new(),
-            };
+            let image = Image::new(record, dir, store.clone());
             table.insert(&name, &uuid8, Entry::Image(Box::new(image)));
         }
         Found::Unreadable { directory, path, error } => {

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use uuid::Uuid;
 
-use super::info::{CopyInfo, Error, ImageInfo, ImageState, Result};
+use super::info::{CopyInfo, Error, ImageInfo, ImageState, Result, Verification};
 use crate::{
     catalog::{
         record::{ImageRecord, Published, RecordState},
@@ -49,6 +49,8 @@ pub(super) struct Image {
     /// Why a *ready* image is not served for now.
     pub doubt: Option<String>,
     pub job: Option<Job>,
+    /// How its last verification ended; forgotten when another begins.
+    pub verification: Option<Verification>,
     /// Somebody deletes it at this moment.
     pub deleting: bool,
     /// Who keeps it from being deleted, apart from volumes on disk.
@@ -145,6 +147,12 @@ impl Table {
 }
 
 impl Image {
+    /// One that nothing happens to yet.
+    pub fn new(record: ImageRecord, dir: ImageDir, store: ImageStore) -> Image {
+        let (doubt, job, verification) = (None, None, None);
+        Image { record, dir, store, doubt, job, verification, deleting: false, holds: Vec::new() }
+    }
+
     pub fn state(&self) -> ImageState {
         match (&self.record.state, &self.doubt) {
             (RecordState::Pending, _) => ImageState::Pending,
@@ -185,7 +193,13 @@ impl Described {
             Entry::Image(image) => Described::image(name, image),
             Entry::Unreadable { disk, path, reason } => {
                 let state = ImageState::Unknown(reason.clone());
-                let copy = CopyInfo { disk: *disk, path: path.clone(), state: state.clone(), progress: None };
+                let copy = CopyInfo {
+                    disk: *disk,
+                    path: path.clone(),
+                    state: state.clone(),
+                    progress: None,
+                    verification: None,
+                };
                 let info = ImageInfo {
                     name: name.to_owned(),
                     uuid: None,
@@ -212,6 +226,7 @@ impl Described {
             path: image.dir.image_path(),
             state: state.clone(),
             progress: image.job.as_ref().map(|job| job.meter.progress()),
+            verification: image.verification.clone(),
         };
         let info = ImageInfo {
             name: name.to_owned(),

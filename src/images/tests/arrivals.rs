@@ -159,14 +159,16 @@ fn of_two_that_want_one_name_one_gets_it() {
     assert_eq!(std::fs::read_dir(node.disk.join("images")).unwrap().count(), 1);
 }
 
-fn stalling() -> Origin {
+/// Falls silent in the middle.
+pub fn stalling() -> Origin {
     let content = noise(4 << 20, 32);
     Origin::start(move |asked| Answer::file(asked, &content, "\"v1\"").cut(2 << 20).paced(Pace::Stall))
 }
 
-fn begun(node: &Node, origin: &Origin) {
-    node.create("a", &origin.url("/a"), None).unwrap();
-    node.until("a", "the first byte", |info| {
+/// A download whose first bytes are here.
+pub fn begun(node: &Node, origin: &Origin, name: &str) {
+    node.create(name, &origin.url("/a"), None).unwrap();
+    node.until(name, "the first byte", |info| {
         info.copies[0].progress.as_ref().is_some_and(|p| p.done_bytes > 0)
     });
 }
@@ -174,7 +176,7 @@ fn begun(node: &Node, origin: &Origin) {
 #[test]
 fn a_cancelled_job_fails_as_cancelled_and_leaves_no_bytes() {
     let (node, origin) = (Node::new(), stalling());
-    begun(&node, &origin);
+    begun(&node, &origin, "a");
     let info = node.cancel("a").unwrap();
     assert!(matches!(info.state, ImageState::Failed(f) if f.code == FailureCode::Cancelled));
     assert_eq!(info.allocated_bytes, 0);
@@ -189,7 +191,7 @@ fn a_cancelled_job_fails_as_cancelled_and_leaves_no_bytes() {
 #[test]
 fn deleting_an_image_in_progress_cancels_it_and_frees_its_name() {
     let (node, origin) = (Node::new(), stalling());
-    begun(&node, &origin);
+    begun(&node, &origin, "a");
     node.delete("a").unwrap();
     assert!(matches!(node.images.get("a"), Err(Error::NotFound(_))));
     assert_eq!(std::fs::read_dir(node.disk.join("images")).unwrap().count(), 0);

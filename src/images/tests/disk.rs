@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    arrivals::damage_quietly,
+    arrivals::{begun, damage_quietly, stalling},
     origin::{Answer, Origin},
     *,
 };
@@ -243,6 +243,39 @@ fn verify_reads_the_medium_and_finds_a_byte_that_changed() {
         Err(Error::Failed { .. })
     ));
     assert_eq!(node.images.get("a").unwrap().size_bytes, Some(2 << 20), "the record tells what it was");
+}
+
+#[test]
+fn a_verification_that_ends_early_says_so_and_changes_nothing_else() {
+    let mut hurried = settings();
+    hurried.deadline = Duration::ZERO;
+    let node = Node::new();
+    ready(&node);
+    let outcome = |node: &Node| node.images.get("a").unwrap().copies[0].verification.clone();
+    assert_eq!(outcome(&node), None);
+    node.images.verify("a").unwrap();
+    node.wait("a").unwrap();
+    assert_eq!(outcome(&node), Some(Verification::Passed));
+
+    let Node { disk, _dir, .. } = node.restart();
+    let node = Node::over(&disk, hurried);
+    node.images.verify("a").unwrap();
+    node.wait("a").unwrap();
+    let ended = outcome(&node);
+    assert!(matches!(&ended, Some(Verification::Failed(f)) if f.code == FailureCode::TimedOut), "{ended:?}");
+    assert_eq!(node.images.get("a").unwrap().state, ImageState::Ready);
+
+    let mut one_at_a_time = settings();
+    one_at_a_time.jobs_running_max = 1;
+    let silent = stalling();
+    let node = Node::over(&disk, one_at_a_time);
+    begun(&node, &silent, "b");
+    // It waits for its turn, so that it is cancelled for certain.
+    node.images.verify("a").unwrap();
+    node.cancel("a").unwrap();
+    let ended = outcome(&node);
+    assert!(matches!(&ended, Some(Verification::Failed(f)) if f.code == FailureCode::Cancelled), "{ended:?}");
+    assert_eq!(node.images.get("a").unwrap().state, ImageState::Ready);
 }
 
 #[test]
