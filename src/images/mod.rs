@@ -31,7 +31,7 @@ use crate::{
         record::{ImageRecord, RecordState},
         store::ImageStore,
     },
-    prep::checksum::Expected,
+    prep::{checksum::Expected, partial::Kept},
 };
 pub use crate::{
     catalog::{
@@ -46,7 +46,7 @@ pub use crate::{
 pub use info::{
     BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification,
 };
-use job::Work;
+use job::{NAMES, Work};
 use origin::From as Origin;
 pub use remove::ImageHold;
 use service::Service;
@@ -66,7 +66,7 @@ impl Images {
     }
 
     /// Begin an image; returns with the image *pending*. Creating one again that failed, from the same source, goes on
-    /// with what is kept of it.
+    /// with what is kept of it, if the source proves that it still serves the same.
     pub fn create(&self, request: &CreateImage) -> Result<ImageInfo> {
         let bad_name = |reason| Error::Name { name: request.name.clone(), reason };
         let name = ImageName::parse(&request.name).map_err(bad_name)?;
@@ -88,6 +88,8 @@ impl Images {
         };
         let (dir, store) = match failed {
             Some((_, dir, store)) => {
+                // What is kept may be old; whoever asks now wants what the source has now.
+                Kept::demand_proof(dir.directory(), NAMES)?;
                 dir.write_record(&record)?;
                 (dir, store)
             }

@@ -19,7 +19,7 @@ use bedplate_engine::error::Error as Storage;
 use super::{
     checksum::{Expected, Hasher, Sums},
     failure::{Failure, Result},
-    partial::{Kept, PartialNames},
+    partial::{Kept, PartialNames, Proof},
     pipeline::{
         MIDSTATES_QUEUED_MAX, Mark, PIECES_QUEUED_MAX, Piece, SYNCS_QUEUED_MAX, Target, hash_pieces,
         keep_synced, write_pieces,
@@ -110,8 +110,8 @@ pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
     spec.stop.check()?;
     file.set_len(size_bytes).map_err(|e| Storage::io("truncate", &path, e))?;
     file.sync_all().map_err(|e| Storage::io("sync", &path, e))?;
-    let total = Some(size_bytes);
-    Kept { position: size_bytes, total, complete: true, validator, midstate }.store(&spec.dir, spec.names)?;
+    let (position, total, complete, proof) = (size_bytes, Some(size_bytes), true, Proof::NotNeeded);
+    Kept { position, total, complete, validator, proof, midstate }.store(&spec.dir, spec.names)?;
     let content = probe_file(&file, &path)?;
     Ok(Arrived { file, size_bytes, sums, content })
 }
@@ -158,7 +158,7 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
     let (kept, hasher) = pick_up(spec, target)?;
     let start = kept.as_ref().map_or(0, |kept| kept.position);
     spec.meter.begin(Phase::Connecting, start, kept.as_ref().and_then(|kept| kept.total));
-    if let Some(Kept { validator, complete: true, .. }) = kept {
+    if let Some(Kept { validator, complete: true, proof: Proof::NotNeeded, .. }) = kept {
         return Ok(Pass { hasher, size_bytes: start, validator, parts: Parts::Proven });
     }
     let (to_hash, hash_queue) = sync_channel(PIECES_QUEUED_MAX);
@@ -226,6 +226,7 @@ pub struct Arrival<'a> {
     total: Option<u64>,
     validator: Validator,
     parts: Parts,
+    proof: Proof,
     marked: u64,
     marked_at: Instant,
     probed: bool,
@@ -238,9 +239,9 @@ impl<'a> Arrival<'a> {
         to_write: SyncSender<Piece>,
         kept: Option<Kept>,
     ) -> Self {
-        let (sent, total, validator) = match kept {
-            Some(kept) => (kept.position, kept.total, kept.validator),
-            None => (0, None, Validator::None),
+        let (sent, total, validator, proof) = match kept {
+            Some(kept) => (kept.position, kept.total, kept.validator, kept.proof),
+            None => (0, None, Validator::None, Proof::NotNeeded),
         };
         Arrival {
             spec,
@@ -251,6 +252,7 @@ impl<'a> Arrival<'a> {
             total,
             validator,
             parts: Parts::Proven,
+            proof,
             marked: sent,
             marked_at: Instant::now(),
             probed: sent > 0,
@@ -270,6 +272,16 @@ impl<'a> Arrival<'a> {
     /// What the bytes before [`Arrival::position`] were said to belong to.
     pub fn validator(&self) -> &Validator {
         &self.validator
+    }
+
+    /// Whether the source must prove that it still serves what was kept, or else [restart](Arrival::restart).
+    pub fn proof(&self) -> Proof {
+        self.proof
+    }
+
+    /// The source serves what [`Arrival::validator`] is of.
+    pub fn proven(&mut self) {
+        self.proof = Proof::NotNeeded;
     }
 
     pub fn expected(&self) -> Option<&Expected> {
@@ -349,6 +361,7 @@ impl<'a> Arrival<'a> {
         self.buffer.clear();
         (self.sent, self.marked, self.probed) = (0, 0, false);
         (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
+        self.proof = Proof::NotNeeded;
         self.spec.meter.begin(Phase::Connecting, 0, None);
         let (done, emptied) = sync_channel(1);
         self.send(Piece::Restart(done))?;

@@ -19,7 +19,7 @@ use bedplate_engine::error::{Error, Result};
 use super::{
     checksum::{Expected, Hasher, Midstate},
     failure::Failure,
-    partial::{Kept, PartialNames},
+    partial::{Kept, PartialNames, Proof},
     room::check_reserve,
     source::Validator,
     write::write_sparse,
@@ -141,7 +141,8 @@ pub(super) fn keep_synced(
                 let Ok(midstate) = midstates.recv() else { return Ok(()) };
                 target.file.sync_data().map_err(|e| Error::io("sync", target.path, e))?;
                 let Mark { position, total, validator } = mark;
-                Kept { position, total, complete: false, validator, midstate }
+                let (complete, proof) = (false, Proof::NotNeeded);
+                Kept { position, total, complete, validator, proof, midstate }
                     .store(target.dir, target.names)?;
             }
             SyncTask::Forget(done) => {

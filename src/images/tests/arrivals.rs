@@ -9,7 +9,16 @@ use super::{
     origin::{Answer, Origin, Pace},
     *,
 };
-use crate::prep::testing::MemoryDevice;
+use crate::{
+    catalog::store::{PARTIAL_DATA, PARTIAL_RECORD},
+    directory::Directory,
+    prep::{
+        checksum::Hasher,
+        partial::{Kept, PartialNames, Proof},
+        source::Validator,
+        testing::MemoryDevice,
+    },
+};
 
 /// A file with a hole, data, a hole and an odd end.
 fn sparse_file(dir: &Path) -> (PathBuf, Vec<u8>) {
@@ -215,6 +224,79 @@ fn what_is_kept_of_a_failed_download_is_used_when_it_is_created_again() {
     node.bring("a", &origin.url("/a")).unwrap();
     assert_eq!(origin.seen()[before].0.first(), 2 << 20);
     assert!(node.content("a") == content);
+}
+
+/// An image of which everything had arrived when its job failed, as the disk may refuse its last record. Its origin now
+/// gives `now` with this tag.
+fn failed_at_the_last_step(
+    content: &[u8],
+    kept: Validator,
+    now: &[u8],
+    etag: &'static str,
+) -> (Node, Origin) {
+    let (first, second) = (content.to_vec(), now.to_vec());
+    let origin = Origin::start(move |asked| match asked.index {
+        0 => Answer::file(asked, &first, "\"v1\""),
+        _ => Answer::file(asked, &second, etag),
+    });
+    let node = Node::new();
+    node.bring("a", &origin.url("/a")).unwrap();
+    let dir = node.image_dir("a");
+    let mut record = ImageRecord::parse(&std::fs::read(dir.join("image.json")).unwrap(), &dir).unwrap();
+    let failure = FailureRecord { code: FailureCode::Storage, message: "refused".to_owned() };
+    record.state = RecordState::Failed { failure, published: None };
+    std::fs::rename(dir.join("image"), dir.join(PARTIAL_DATA)).unwrap();
+    let held = Directory::open(&dir).unwrap();
+    held.replace("image.json", &record.to_json()).unwrap();
+    let mut hasher = Hasher::new(None);
+    hasher.update(content);
+    let names = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+    let kept = Kept {
+        position: content.len() as u64,
+        total: Some(content.len() as u64),
+        complete: true,
+        validator: kept,
+        proof: Proof::NotNeeded,
+        midstate: hasher.midstate(),
+    };
+    kept.store(&held, names).unwrap();
+    (node.restart(), origin)
+}
+
+#[test]
+fn what_is_kept_is_used_again_when_the_origin_proves_that_it_is_the_same() {
+    let content = noise(1 << 20, 35);
+    let etag = Validator::Etag("\"v1\"".to_owned());
+    let (node, origin) = failed_at_the_last_step(&content, etag, &content, "\"v1\"");
+    node.bring("a", &origin.url("/a")).unwrap();
+    assert!(node.content("a") == content);
+    let (asked, sent) = origin.seen()[1].clone();
+    assert_eq!((origin.seen().len(), asked.first(), sent), (2, content.len() - 1, 1));
+}
+
+#[test]
+fn what_is_kept_is_not_taken_for_what_the_origin_has_now() {
+    let (old, new) = (noise(1 << 20, 36), noise(1 << 20, 37));
+    let etag = || Validator::Etag("\"v1\"".to_owned());
+    for (kept, now) in [(etag(), "\"v2\""), (Validator::None, "\"v1\"")] {
+        let (node, origin) = failed_at_the_last_step(&old, kept, &new, now);
+        let info = node.bring("a", &origin.url("/a")).unwrap();
+        assert_eq!(info.sha512, Some(sha512(&new)));
+        assert!(node.content("a") == new);
+    }
+}
+
+#[test]
+fn the_proof_is_still_asked_for_when_the_node_restarts_before_it_came() {
+    let (old, new) = (noise(1 << 20, 38), noise(1 << 20, 39));
+    let (node, origin) = failed_at_the_last_step(&old, Validator::Etag("\"v1\"".to_owned()), &new, "\"v2\"");
+    let url = origin.url("/a");
+    // No turn is free, so that the node goes down before anybody has asked.
+    let turns = node.runtime.block_on(node.images.0.turns.clone().acquire_many_owned(4)).unwrap();
+    node.create("a", &url, None).unwrap();
+    let node = node.restart();
+    drop(turns);
+    assert_eq!(node.wait("a").unwrap().sha512, Some(sha512(&new)));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::{
     prep::{
         arrival::{Spec, arrive},
         checksum::Hasher,
-        partial::{Kept, PartialNames},
+        partial::{Kept, PartialNames, Proof},
         room::reserve_bytes,
         source::{Validator, file::FileSource},
         stop::Stop,
@@ -188,7 +188,8 @@ fn go_on(disk: &SmallDisk, source: &Path, position: u64, kept_of: &std::fs::Meta
         mtime_ns: kept_of.mtime() * 1_000_000_000 + kept_of.mtime_nsec(),
     };
     let (total, midstate) = (Some(kept_of.len()), hasher.midstate());
-    Kept { position, total, complete: false, validator, midstate }.store(&held, names).unwrap();
+    let (complete, proof) = (false, Proof::NotNeeded);
+    Kept { position, total, complete, validator, proof, midstate }.store(&held, names).unwrap();
     let spec = Spec {
         dir: held,
         names,

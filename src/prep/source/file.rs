@@ -1,7 +1,8 @@
 //! Bytes from a local file or block device.
 //!
 //! Holes of the file are not read. A file that changes while it is read is refused; one that is as it was when an
-//! earlier run kept a prefix of it (device, inode, size, mtime) is read on from there.
+//! earlier run kept a prefix of it (device, inode, size, mtime) is read on from there. Nothing tells that of a block
+//! device, which is read anew.
 
 use std::{
     fs::{File, OpenOptions},
@@ -72,9 +73,12 @@ impl Source for FileSource {
             return Err(Failure::Unsupported(what));
         };
         let validator = identity(&meta, size);
-        if arrival.position() > 0 && (*arrival.validator() != validator || arrival.position() > size) {
+        // A device has nothing that tells.
+        let same = validator != Validator::None && *arrival.validator() == validator;
+        if arrival.position() > 0 && (!same || arrival.position() > size) {
             arrival.restart()?;
         }
+        arrival.proven();
         let needed_bytes = Some(data_bytes(&file, arrival, size).map_err(|e| io("seek")(e.into()))?);
         arrival.begin(Opening { total: Some(size), needed_bytes, validator: validator.clone() })?;
         // Advice only.

@@ -26,6 +26,7 @@ use super::{Source, Validator};
 use crate::prep::{
     arrival::{Arrival, Opening},
     failure::{Failure, Result},
+    partial::Proof,
 };
 
 /// How often a download may begin again at byte 0 because the origin changed, or cannot resume.
@@ -101,7 +102,8 @@ impl HttpSource {
         let now = Instant::now();
         let mut attempts = Attempts {
             began: now,
-            progressed: (arrival.position() > 0).then_some(now),
+            // Whoever asks anew for what failed before wants to know soon whether the origin is there.
+            progressed: (arrival.position() > 0 && arrival.proof() == Proof::NotNeeded).then_some(now),
             position: arrival.position(),
             failed_in_a_row: 0,
             restarts: 0,
@@ -146,20 +148,24 @@ impl HttpSource {
         let checksum = if arrival.expected().is_some() { Checksum::Given } else { Checksum::NotGiven };
         let position = arrival.position();
         let validator = arrival.validator().clone();
+        let proof = arrival.proof();
+        // Nothing is missing, but only the origin can tell that it is still the same: it is asked for the last byte again.
+        let recalled = u64::from(proof == Proof::Needed && arrival.total() == Some(position)).min(position);
         if position > 0 {
-            if arrival.total() == Some(position) {
+            if recalled == 0 && arrival.total() == Some(position) {
                 return Ok(Ended::Complete);
             }
-            if validator == Validator::None && checksum == Checksum::NotGiven {
+            if validator == Validator::None && (checksum == Checksum::NotGiven || proof == Proof::Needed) {
                 let reason =
                     "the origin gives nothing that tells whether the file is still the same".to_owned();
                 return Ok(Ended::StartAgain { reason });
             }
         }
+        let first = position - recalled;
         let idle = self.settings.idle_timeout;
         let stop = arrival.stop().clone();
         let answer = tokio::select! {
-            answer = ask(client, &self.origin, position, &validator, checksum, idle) => answer,
+            answer = ask(client, &self.origin, first, &validator, checksum, idle) => answer,
             () = stop.fired() => return stopped(arrival),
         };
         let response = match answer {
@@ -167,7 +173,7 @@ impl HttpSource {
             Err(NoAnswer::Broken(reason)) => return Ok(broken(reason)),
             Err(NoAnswer::Refused(reason)) => return Err(self.refused(&reason)),
         };
-        let asked = Asked { position, total: arrival.total(), validator: &validator, checksum };
+        let asked = Asked { position: first, total: arrival.total(), validator: &validator, checksum };
         match judge(response.status(), response.headers(), &asked) {
             Answer::Whole { total, validator } => {
                 if position > 0 {
@@ -182,10 +188,19 @@ impl HttpSource {
                 arrival.begin(Opening { total, needed_bytes: None, validator })?;
             }
             Answer::Part { total } => {
+                // It has shown its validator, if there was one.
+                arrival.proven();
+                if recalled > 0 {
+                    return Ok(Ended::Complete);
+                }
                 if validator == Validator::None {
                     arrival.join_unproven();
                 }
                 arrival.begin(Opening { total: Some(total), needed_bytes: None, validator })?;
+            }
+            Answer::Complete if proof == Proof::Needed => {
+                let reason = "the origin does not show that the image is still the same".to_owned();
+                return Ok(Ended::StartAgain { reason });
             }
             Answer::Complete => return Ok(Ended::Complete),
             Answer::StartAgain { reason } => return Ok(Ended::StartAgain { reason }),
