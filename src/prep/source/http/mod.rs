@@ -111,7 +111,7 @@ impl HttpSource {
         loop {
             arrival.stop().check()?;
             arrival.meter().attempt();
-            let ended = self.attempt(&client, arrival).await?;
+            let ended = self.attempt(&client, arrival, attempts.patience(&self.settings)).await?;
             attempts.note_progress(arrival.position());
             let (reason, after) = match ended {
                 Ended::Complete => return Ok(()),
@@ -142,8 +142,9 @@ impl HttpSource {
         }
     }
 
-    /// One request and its body.
-    async fn attempt(&self, client: &Client, arrival: &mut Arrival<'_>) -> Result<Ended> {
+    /// One request and its body. Its first byte must come within `patience`, whatever redirects are in between.
+    async fn attempt(&self, client: &Client, arrival: &mut Arrival<'_>, patience: Duration) -> Result<Ended> {
+        let due = tokio::time::Instant::now() + patience;
         let broken = |reason: String| Ended::Broken { reason, after: Duration::ZERO };
         let checksum = if arrival.expected().is_some() { Checksum::Given } else { Checksum::NotGiven };
         let position = arrival.position();
@@ -166,6 +167,9 @@ impl HttpSource {
         let stop = arrival.stop().clone();
         let answer = tokio::select! {
             answer = ask(client, &self.origin, first, &validator, checksum, idle) => answer,
+            () = tokio::time::sleep_until(due) => {
+                Err(NoAnswer::Broken(format!("no answer within {} s", patience.as_secs_f32())))
+            }
             () = stop.fired() => return stopped(arrival),
         };
         let response = match answer {
@@ -207,11 +211,18 @@ impl HttpSource {
             Answer::TryLater { reason, after } => return Ok(Ended::Broken { reason, after }),
             Answer::Refused { reason } => return Err(self.refused(&reason)),
         }
-        self.body(response, arrival).await
+        self.body(response, arrival, due).await
     }
 
-    async fn body(&self, mut response: Response, arrival: &mut Arrival<'_>) -> Result<Ended> {
-        let idle = self.settings.idle_timeout;
+    /// The first byte is due then; every other within the idle limit.
+    async fn body(
+        &self,
+        mut response: Response,
+        arrival: &mut Arrival<'_>,
+        due: tokio::time::Instant,
+    ) -> Result<Ended> {
+        let first = due.saturating_duration_since(tokio::time::Instant::now());
+        let mut idle = self.settings.idle_timeout.min(first);
         let stop = arrival.stop().clone();
         let broken = |reason| Ok(Ended::Broken { reason, after: Duration::ZERO });
         loop {
@@ -225,7 +236,10 @@ impl HttpSource {
                 }
             };
             match next {
-                Ok(Ok(Some(bytes))) => arrival.bytes(&bytes)?,
+                Ok(Ok(Some(bytes))) => {
+                    idle = self.settings.idle_timeout;
+                    arrival.bytes(&bytes)?;
+                }
                 Ok(Ok(None)) => {
                     return match arrival.total() {
                         Some(total) if arrival.position() < total => {
@@ -270,6 +284,15 @@ impl Attempts {
         self.failed_in_a_row = self.failed_in_a_row.saturating_add(1);
         let random = u32::try_from(RandomState::new().hash_one(self.began) % 512).unwrap_or(0);
         pause / 2 + pause * random / 1024
+    }
+
+    /// How long the next attempt may take until something new comes.
+    fn patience(&self, settings: &HttpSettings) -> Duration {
+        let (since, within) = match self.progressed {
+            None => (self.began, settings.first_byte_within),
+            Some(at) => (at, settings.stalled_max),
+        };
+        within.saturating_sub(since.elapsed())
     }
 
     /// Why there is no further attempt after this pause, if there is none.
