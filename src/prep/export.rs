@@ -1,14 +1,15 @@
 //! Exporting a block device: to a raw file with holes, or as a stream.
 //!
-//! A file appears under its name only when it is whole and durable: it is written without a name, synced, linked in, and
-//! its directory synced, so that a node that is killed leaves nothing in a directory that it never looks at again. A stream gets every byte, zeros too. Neither changes the device. The caller hands in a view that
-//! stands still (a snapshot, an image).
+//! A file appears under its name only when it is whole and durable. Until then it has no name where the file system can
+//! do that, so that a killed node leaves nothing behind. Elsewhere it has a hidden name beside its own, and a lock that
+//! dies with its process: the next export into that directory removes those that nobody holds. A stream gets every byte,
+//! zeros too. Neither changes the device. The caller hands in a view that stands still (a snapshot, an image).
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, TryLockError},
     io::{self, Write},
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use bedplate_engine::{
@@ -31,9 +32,13 @@ use super::{
     stop::Stop,
     write::write_sparse,
 };
+use crate::directory::DIRECTORY_ENTRIES_MAX;
 
 /// Bytes of one read.
 const READ_LEN: u64 = 1 << 20;
+/// The hidden name of an unfinished export, around a uuid.
+const DRAFT_PREFIX: &str = ".bedplate-export-";
+const DRAFT_SUFFIX: &str = ".partial";
 
 /// What happens when the file is there already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,8 +55,9 @@ pub fn export_file(
     meter: &Meter,
     stop: &Stop,
 ) -> Result<()> {
-    let name =
-        path.file_name().ok_or_else(|| Storage::Invalid(format!("{} is not a file name", path.display())))?;
+    if path.file_name().is_none() {
+        return Err(Storage::Invalid(format!("{} is not a file name", path.display())).into());
+    }
     let taken = || Storage::Exists { kind: "file", name: path.display().to_string() };
     if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
         return Err(taken().into());
@@ -60,11 +66,11 @@ pub fn export_file(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let beside = directory.join(format!(".{}.{}.partial", name.to_string_lossy(), Uuid::new_v4().simple()));
-    let draft = Draft::create(directory, &beside)?;
-    let written = write_draft(device, draft.file(), path, meter, stop).and_then(|()| {
+    clear_abandoned(directory);
+    let draft = Draft::create(directory)?;
+    let written = write_draft(device, &draft.file, path, meter, stop).and_then(|()| {
         meter.enter(Phase::Publishing);
-        draft.publish(&beside, path, existing).map_err(|e| match e {
+        draft.publish(path, existing).map_err(|e| match e {
             Errno::EEXIST => taken(),
             e => Storage::io("publish", path, e.into()),
         })?;
@@ -74,51 +80,76 @@ pub fn export_file(
     });
     if written.is_err() {
         // The reason for the failure is what matters; that there is nothing to remove is fine.
-        let _ = std::fs::remove_file(&beside);
+        let _ = std::fs::remove_file(&draft.hidden);
     }
     written
 }
 
 /// A file that is not under its own name yet.
-enum Draft {
+struct Draft {
+    /// Locked for as long as it is open.
+    file: File,
+    naming: Naming,
+    /// The name that it has, or gets on its way to its own.
+    hidden: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Naming {
     /// Gone with the process that has it open.
-    Unnamed(File),
-    /// Under the name beside, where the file system has no unnamed files.
-    Named(File),
+    Unnamed,
+    /// The file system has no unnamed files.
+    Hidden,
 }
 
 impl Draft {
-    fn create(directory: &Path, beside: &Path) -> StorageResult<Draft> {
+    fn create(directory: &Path) -> StorageResult<Draft> {
+        let hidden = directory.join(format!("{DRAFT_PREFIX}{}{DRAFT_SUFFIX}", Uuid::new_v4().simple()));
         let mut options = OpenOptions::new();
         options.write(true).mode(0o600);
         match options.clone().custom_flags(libc::O_TMPFILE).open(directory) {
-            Ok(file) => return Ok(Draft::Unnamed(file)),
+            Ok(file) => Draft { file, naming: Naming::Unnamed, hidden }.locked(),
             // EISDIR is what kernels say that do not know the flag.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {}
-            Err(e) => return Err(Storage::io("create a file in", directory, e)),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {
+                Draft::create_hidden(hidden)
+            }
+            Err(e) => Err(Storage::io("create a file in", directory, e)),
         }
-        let file = options.create_new(true).open(beside).map_err(|e| Storage::io("create", beside, e))?;
-        Ok(Draft::Named(file))
     }
 
-    fn file(&self) -> &File {
-        match self {
-            Draft::Unnamed(file) | Draft::Named(file) => file,
+    fn create_hidden(hidden: PathBuf) -> StorageResult<Draft> {
+        let mut options = OpenOptions::new();
+        options.write(true).mode(0o600).create_new(true);
+        let file = options.open(&hidden).map_err(|e| Storage::io("create", &hidden, e))?;
+        Draft { file, naming: Naming::Hidden, hidden }.locked()
+    }
+
+    /// Nobody else takes it for abandoned from now on. One that was, in the moment before, fails when it is published.
+    fn locked(self) -> StorageResult<Draft> {
+        match self.file.try_lock() {
+            Ok(()) => Ok(self),
+            // What cannot be locked is not removed by others either: they cannot lock it themselves.
+            Err(TryLockError::Error(_)) => Ok(self),
+            Err(TryLockError::WouldBlock) => Err(Storage::InUse {
+                kind: "file",
+                name: self.hidden.display().to_string(),
+                by: "another export".to_owned(),
+            }),
         }
     }
 
     /// Give it its name.
-    fn publish(&self, beside: &Path, path: &Path, existing: Existing) -> nix::Result<()> {
-        let rename = |flags| renameat2(AT_FDCWD, beside, AT_FDCWD, path, flags);
-        match (self, existing) {
-            (Draft::Unnamed(file), Existing::Refuse) => link(file, path),
+    fn publish(&self, path: &Path, existing: Existing) -> nix::Result<()> {
+        let rename = |flags| renameat2(AT_FDCWD, &self.hidden, AT_FDCWD, path, flags);
+        match (self.naming, existing) {
+            (Naming::Unnamed, Existing::Refuse) => link(&self.file, path),
             // A link replaces nothing, a rename does.
-            (Draft::Unnamed(file), Existing::Replace) => {
-                link(file, beside)?;
+            (Naming::Unnamed, Existing::Replace) => {
+                link(&self.file, &self.hidden)?;
                 rename(RenameFlags::empty())
             }
-            (Draft::Named(_), Existing::Refuse) => rename(RenameFlags::RENAME_NOREPLACE),
-            (Draft::Named(_), Existing::Replace) => rename(RenameFlags::empty()),
+            (Naming::Hidden, Existing::Refuse) => rename(RenameFlags::RENAME_NOREPLACE),
+            (Naming::Hidden, Existing::Replace) => rename(RenameFlags::empty()),
         }
     }
 }
@@ -127,6 +158,30 @@ impl Draft {
 fn link(file: &File, path: &Path) -> nix::Result<()> {
     let open = format!("/proc/self/fd/{}", file.as_raw_fd());
     linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)
+}
+
+/// Remove the drafts in a directory whose process is gone. What goes wrong is no reason not to export.
+fn clear_abandoned(directory: &Path) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for entry in entries.take(DIRECTORY_ENTRIES_MAX).flatten() {
+        let is_draft = entry.file_type().is_ok_and(|kind| kind.is_file())
+            && entry.file_name().to_str().is_some_and(|name| {
+                let uuid = name.strip_prefix(DRAFT_PREFIX).and_then(|name| name.strip_suffix(DRAFT_SUFFIX));
+                uuid.is_some_and(|uuid| Uuid::try_parse(uuid).is_ok())
+            });
+        if !is_draft {
+            continue;
+        }
+        let path = entry.path();
+        let abandoned = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&path)
+            .is_ok_and(|file| file.try_lock().is_ok() && std::fs::remove_file(&path).is_ok());
+        if abandoned {
+            tracing::info!(path = %path.display(), "removed what an interrupted export left");
+        }
+    }
 }
 
 /// Write every byte to `out`, zeros included, and flush it.
@@ -207,4 +262,45 @@ fn copy(
 
 fn read(device: &dyn BlockDevice, bytes: &mut [u8], at: u64) -> StorageResult<()> {
     device.read_at(bytes, at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(directory).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_draft_whose_process_is_gone_is_removed_and_one_that_is_written_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let hidden = || dir.path().join(format!("{DRAFT_PREFIX}{}{DRAFT_SUFFIX}", Uuid::new_v4().simple()));
+        let foreign = format!("{DRAFT_PREFIX}mine{DRAFT_SUFFIX}");
+        std::fs::write(dir.path().join(&foreign), "x").unwrap();
+        let (gone, going_on) = (hidden(), hidden());
+        drop(Draft::create_hidden(gone.clone()).unwrap());
+        let draft = Draft::create_hidden(going_on.clone()).unwrap();
+        clear_abandoned(dir.path());
+        assert!(!gone.exists() && going_on.exists());
+
+        draft.publish(&dir.path().join("out"), Existing::Refuse).unwrap();
+        let mut left = names(dir.path());
+        left.sort();
+        assert_eq!(left, [foreign, "out".to_owned()]);
+        assert_eq!(draft.publish(&dir.path().join("out"), Existing::Refuse), Err(Errno::ENOENT));
+    }
+
+    #[test]
+    fn a_draft_without_a_name_replaces_a_file_and_leaves_nothing_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        std::fs::write(&out, "old").unwrap();
+        let draft = Draft::create(dir.path()).unwrap();
+        assert_eq!(draft.naming, Naming::Unnamed);
+        assert_eq!(draft.publish(&out, Existing::Refuse), Err(Errno::EEXIST));
+        draft.publish(&out, Existing::Replace).unwrap();
+        assert_eq!((names(dir.path()), out.metadata().unwrap().len()), (vec!["out".to_owned()], 0));
+    }
 }
