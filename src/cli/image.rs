@@ -1,5 +1,7 @@
 //! `bedplate image`: images and their copies.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 
 use super::{
@@ -8,9 +10,12 @@ use super::{
     output::{self, OutputArgs},
     wait::{self, TimeoutArgs, WaitArgs},
 };
-use crate::api::{
-    client::Client,
-    types::{CreateImage, Image, Progress},
+use crate::{
+    api::{
+        client::Client,
+        types::{CreateImage, Image, Progress},
+    },
+    duration::parse_duration,
 };
 
 /// Bring in, verify, export and delete images
@@ -41,6 +46,9 @@ Examples:
         /// The file's SHA-512 in hexadecimal, or sha256:HEX; any other bytes are refused with exit code 5
         #[arg(long, value_name = "HEX")]
         checksum: Option<String>,
+        /// The longest that it may take (90s, 10m, 2h); then it has failed, whether or not somebody waits
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        deadline: Option<Duration>,
         #[command(flatten)]
         wait: WaitArgs,
         #[command(flatten)]
@@ -131,9 +139,12 @@ impl Verb {
 
 pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
     match verb {
-        Verb::Create { name, from, checksum, wait, output } => {
+        Verb::Create { name, from, checksum, deadline, wait, output } => {
             let source = absolute_source(&from)?;
-            let request = CreateImage { name, source, checksum, deadline_s: None };
+            // Never less than was asked for.
+            let deadline_s =
+                deadline.map(|deadline| deadline.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX));
+            let request = CreateImage { name, source, checksum, deadline_s };
             let mut image = client.create_image(&request).await?;
             if wait.wait {
                 image = wait::image(client, image, wait.timeout).await?;

@@ -10,10 +10,13 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::exit::Failure;
-use crate::api::{
-    client::Client,
-    problem::Code,
-    types::{Image, ImageState, Job, JobState, Phase, Progress, Verification, VerificationState},
+use crate::{
+    api::{
+        client::Client,
+        problem::Code,
+        types::{Image, ImageState, Job, JobState, Phase, Progress, Verification, VerificationState},
+    },
+    duration::parse_duration,
 };
 
 /// Pauses between two questions grow from the first to the second.
@@ -37,16 +40,6 @@ pub struct TimeoutArgs {
     /// Give up waiting after this long (30s, 5m, 2h) and exit with 6; the work goes on
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
-}
-
-/// `90`, `90s`, `5m`, `1h30m`.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let hint = || format!("{text:?} is not a time; write 30s, 5m or 2h");
-    if let Ok(seconds) = text.parse() {
-        return Ok(Duration::from_secs(seconds));
-    }
-    let span: jiff::SignedDuration = text.parse().map_err(|_| hint())?;
-    Duration::try_from(span).map_err(|_| hint())
 }
 
 /// Until no job is at the image: it, if it is ready.
@@ -211,16 +204,6 @@ const fn phase(phase: Phase) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_are_seconds_or_have_units() {
-        assert_eq!(parse_duration("90"), Ok(Duration::from_secs(90)));
-        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
-        assert_eq!(parse_duration("1h30m"), Ok(Duration::from_secs(5400)));
-        for bad in ["", "-5s", "soon", "5 parsecs"] {
-            assert!(parse_duration(bad).is_err(), "{bad:?}");
-        }
-    }
 
     #[test]
     fn a_failed_image_says_why_with_the_code_of_its_copy() {

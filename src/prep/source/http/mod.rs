@@ -33,7 +33,7 @@ use crate::prep::{
 pub const RESTARTS_MAX: u32 = 8;
 
 /// How patient a download is; [`Default`] is sound.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpSettings {
     /// The longest that making a connection may take.
     pub connect_timeout: Duration,
