@@ -14,13 +14,15 @@ use std::{
     },
 };
 
-use bedplate_engine::error::{Error, Result};
+use bedplate_engine::{
+    error::{Error, Result},
+    sparse::write_sparse,
+};
 
 use super::{
     checksum::{Expected, Hasher, Midstate},
     partial::{Kept, PartialNames},
     source::Validator,
-    write::write_sparse,
 };
 use crate::directory::Directory;
 
