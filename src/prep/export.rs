@@ -13,8 +13,9 @@ use std::{
 };
 
 use bedplate_engine::{
-    device::{BlockDevice, ExtentKind},
+    device::{BlockDevice, ExtentKind, for_each_extent},
     error::{Error as Storage, Result as StorageResult},
+    sparse::write_sparse,
     units::ByteRange,
 };
 use nix::{
@@ -28,9 +29,7 @@ use uuid::Uuid;
 use super::{
     failure::{Failure, Result},
     progress::{Meter, Phase},
-    source::device::for_each_extent,
     stop::Stop,
-    write::write_sparse,
 };
 use crate::directory::DIRECTORY_ENTRIES_MAX;
 

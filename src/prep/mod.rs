@@ -20,4 +20,3 @@ pub mod stop;
 #[cfg(test)]
 pub mod testing;
 pub mod verify;
-mod write;

@@ -14,7 +14,10 @@ use std::{
     },
 };
 
-use bedplate_engine::error::{Error, Result};
+use bedplate_engine::{
+    error::{Error, Result},
+    sparse::write_sparse,
+};
 
 use super::{
     checksum::{Expected, Hasher, Midstate},
@@ -22,7 +25,6 @@ use super::{
     partial::{Kept, PartialNames, Proof},
     room::check_reserve,
     source::Validator,
-    write::write_sparse,
 };
 use crate::directory::Directory;
 
