@@ -13,5 +13,7 @@ mod kill;
 mod lifecycle;
 mod main_job;
 mod memory;
+mod qcow2;
+
 mod trace;
 mod util;

@@ -2,14 +2,21 @@
 
 #![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
 
-use std::{fs, fs::File, os::unix::fs::FileExt, path::Path, process::Command};
+use std::{
+    fs,
+    fs::File,
+    os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
+    process::Command,
+};
 
 use bedplate_engine::{
     device::{Access, BlockDevice, Complete, Extent, ExtentKind, Geometry, Request},
     error::{Error, Result},
     export::{
-        Content, Monitor,
-        qcow2::{ClusterSize, Compression, Options, write},
+        Content, Existing, Format, Monitor,
+        qcow2::{ClusterSize, Compression, Options},
+        to_file,
     },
     units::{ByteLen, ByteRange},
 };
@@ -113,9 +120,9 @@ fn export(dir: &Path, content: &[u8], options: Options) -> u64 {
     let raw_file = File::create(&raw).unwrap();
     raw_file.set_len(content.len() as u64).unwrap();
     raw_file.write_all_at(content, 0).unwrap();
-    let file = File::create(&path).unwrap();
     let mut witness = Witness::default();
-    write(&Bytes(content.to_vec()), &file, &path, options, &mut witness).unwrap();
+    to_file(&Bytes(content.to_vec()), &path, Existing::Replace, Format::Qcow2(options), &mut witness)
+        .unwrap();
     assert!(witness.content == content, "{options:?}: the content that was shown is another");
     let (raw, path) = (raw.to_str().unwrap(), path.to_str().unwrap());
     let checked = run("qemu-img", &["check", "-f", "qcow2", path]);
@@ -187,7 +194,7 @@ fn holes_and_clusters_of_zeros_take_no_space() {
 }
 
 #[test]
-fn what_the_cluster_size_cannot_address_is_refused_before_anything_is_written() {
+fn what_the_cluster_size_cannot_address_is_refused_and_leaves_no_file() {
     struct Huge;
     impl BlockDevice for Huge {
         fn geometry(&self) -> Geometry {
@@ -200,10 +207,11 @@ fn what_the_cluster_size_cannot_address_is_refused_before_anything_is_written() 
             unreachable!("refused");
         }
     }
-    let file = tempfile::tempfile().unwrap();
-    let refused = write(&Huge, &file, Path::new("x"), options(512, None), &mut Witness::default());
+    let dir = tempfile::tempdir().unwrap();
+    let (path, format) = (dir.path().join("x"), Format::Qcow2(options(512, None)));
+    let refused = to_file(&Huge, &path, Existing::Refuse, format, &mut Witness::default());
     assert!(matches!(refused, Err(Error::Invalid(text)) if text.contains("larger clusters")));
-    assert_eq!(file.metadata().unwrap().len(), 0);
+    assert!(!path.exists());
     for bytes in [0, 256, 513, 4 << 20] {
         assert!(matches!(ClusterSize::new(bytes), Err(Error::Invalid(_))));
     }
@@ -227,11 +235,46 @@ fn a_failure_in_the_middle_ends_every_thread_and_leaves_no_image() {
             if bad { Err(Error::Closed) } else { self.0.read_at(buffer, offset) }
         }
     }
-    let file = tempfile::tempfile().unwrap();
     let device = Broken(Bytes(vec![7; 16 << 20]));
-    let failed = write(&device, &file, Path::new("x"), Options::default(), &mut Witness::default());
-    assert!(matches!(failed, Err(Error::Closed)));
-    let mut magic = [0; 4];
-    file.read_exact_at(&mut magic, 0).unwrap();
-    assert_eq!(magic, [0; 4]);
+    let dir = tempfile::tempdir().unwrap();
+    for format in [Format::Raw, Format::Qcow2(Options::default())] {
+        let path = dir.path().join("x");
+        let failed = to_file(&device, &path, Existing::Refuse, format, &mut Witness::default());
+        assert!(matches!(failed, Err(Error::Closed)));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_monitor_ends_an_export_with_its_own_error() {
+    struct Impatient;
+    impl Monitor for Impatient {
+        fn reached(&mut self, at: u64) -> Result<()> {
+            if at > 3 << 20 { Err(Error::Invalid("enough".into())) } else { Ok(()) }
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    let ended = to_file(&Bytes(vec![7; 16 << 20]), &path, Existing::Refuse, Format::Raw, &mut Impatient);
+    assert!(matches!(ended, Err(Error::Invalid(text)) if text == "enough"));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_raw_export_has_the_same_bytes_and_its_zeros_are_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    for (len, seed) in [(0, 0), (512, 0), ((9 << 20) + 512, 3)] {
+        let content = mixed(len, seed);
+        let mut witness = Witness::default();
+        let device = Bytes(content.clone());
+        to_file(&device, &path, Existing::Replace, Format::Raw, &mut witness).unwrap();
+        assert!(fs::read(&path).unwrap() == content && witness.content == content);
+        let blocks = content.chunks(4096).filter(|block| block.iter().any(|b| *b != 0)).count();
+        let taken = usize::try_from(fs::metadata(&path).unwrap().blocks()).unwrap();
+        // The file system may need some for itself.
+        assert!(taken <= blocks * 8 + 64, "{taken} sectors for {blocks} blocks");
+    }
+    let taken = to_file(&Bytes(Vec::new()), &path, Existing::Refuse, Format::Raw, &mut Witness::default());
+    assert!(matches!(taken, Err(Error::Exists { .. })));
 }

@@ -49,6 +49,7 @@ impl FakeNode {
             progress: None,
             error: None,
             report: None,
+            digests: None,
             created_at: Timestamp::UNIX_EPOCH,
         }
     }

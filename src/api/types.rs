@@ -254,6 +254,15 @@ pub struct RecoverReport {
     pub lost: Vec<Range>,
 }
 
+/// SHA-512 of what an export wrote, in hexadecimal digits.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ExportDigests {
+    /// The file.
+    pub file_sha512: Option<String>,
+    /// What a guest reads from it.
+    pub guest_sha512: Option<String>,
+}
+
 /// Work that may outlast its request. A finished job can be asked about for a while.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Job {
@@ -268,6 +277,8 @@ pub struct Job {
     pub error: Option<Problem>,
     /// Of a recovery that is done.
     pub report: Option<RecoverReport>,
+    /// Of an export that is done and was to give them.
+    pub digests: Option<ExportDigests>,
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
 }
@@ -359,8 +370,28 @@ pub struct Export {
     #[serde(default)]
     pub snapshot: Option<String>,
     pub format: Format,
+    /// Of qcow2 only; clusters are stored as they are when not given.
+    #[serde(default)]
+    pub compress: Option<Compression>,
+    /// Of qcow2 only: a power of two from 512 to 2 MiB; 64 KiB when not given.
+    #[serde(default)]
+    pub cluster_size_bytes: Option<u64>,
+    /// Give the SHA-512 of the file that was written.
+    #[serde(default)]
+    pub digest_file: bool,
+    /// Give the SHA-512 of what a guest reads from it.
+    #[serde(default)]
+    pub digest_guest: bool,
     #[serde(default)]
     pub existing: Existing,
+}
+
+/// How the clusters of a qcow2 file are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    Zlib,
+    Zstd,
 }
 
 /// What becomes of a file that an export would replace.

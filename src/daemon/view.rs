@@ -14,7 +14,7 @@ use bedplate_engine::{
 };
 
 use super::{
-    jobs::{Control, Jobs},
+    jobs::{Control, Jobs, Report},
     volumes::Located,
 };
 use crate::api::{problem::Refusal, types::JobKind};
@@ -55,7 +55,7 @@ impl Views {
 /// The work of merging, in a job.
 pub fn reclaim(disk: &Disk, control: &Control) -> super::jobs::Outcome {
     disk.reclaim(|| control.stop.check().is_ok()).map_err(Refusal::from)?;
-    Ok(None)
+    Ok(Report::Nothing)
 }
 
 /// Fields are dropped in their order: the view first, then what it kept from being merged is.
