@@ -14,4 +14,5 @@ mod lifecycle;
 mod main_job;
 mod memory;
 mod trace;
+mod upload;
 mod util;
