@@ -16,4 +16,5 @@ mod memory;
 mod qcow2;
 
 mod trace;
+mod upload;
 mod util;

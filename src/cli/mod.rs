@@ -13,6 +13,7 @@ mod output;
 mod serve;
 mod size;
 mod snapshot;
+mod upload;
 mod volume;
 mod wait;
 

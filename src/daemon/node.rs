@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     api::{
-        node::{Node, Origin, Readiness, Result},
+        node::{Node, Origin, Readiness, Result, UploadParts},
         problem::{Code, Refusal},
         types::{
             self, CloneMethod, CloneVolume, Compression, CreateImage, CreateSnapshot, CreateVolume, Existing,
@@ -66,6 +66,8 @@ impl LocalNode {
     /// Refuse work that changes something from now on.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
+        // They hold their connections for as long as they like, and cannot go on at the next start.
+        self.images.end_uploads();
     }
 
     pub fn mount(&self) -> MutexGuard<'_, Option<Mount>> {
@@ -266,6 +268,11 @@ impl Node for LocalNode {
             deadline: request.deadline_s.map(Duration::from_secs),
         })?;
         Ok(self.show_image(info))
+    }
+
+    fn upload_image(&self, name: &str) -> Result<UploadParts> {
+        self.admit()?;
+        Ok(self.images.upload(name)?)
     }
 
     fn delete_image(&self, name: &str) -> Result<()> {
