@@ -10,7 +10,7 @@ use std::{
     ffi::OsString,
     fs, io,
     num::NonZeroUsize,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use bedplate_fuse::{Mode, Sharing};
@@ -25,6 +25,8 @@ const STATE_DEFAULT: &str = "/var/lib/bedplate";
 const SOCKET_NAME: &str = "bedplate.sock";
 /// How alike an unknown key and a known one must be for a suggestion.
 const SUGGESTION_LIKENESS_MIN: f64 = 0.7;
+/// Links that are followed in one path, as many as the kernel does.
+const LINKS_MAX: usize = 40;
 /// Image jobs that run at once.
 pub const IMAGE_JOBS_MAX: usize = 64;
 
@@ -185,7 +187,8 @@ impl Settings {
         let state = absolute("state", self.state.unwrap_or_else(|| STATE_DEFAULT.into()))?;
         let disks = self.disks.unwrap_or_else(|| vec![state.join("disk")]);
         let disks = disks.into_iter().map(|disk| absolute("disks", disk)).collect::<Result<Vec<_>, _>>()?;
-        let mount = absolute("mount", self.mount.unwrap_or_else(|| state.join("mount")))?;
+        // By the name that the kernel has for it: its files are told by it, and it is compared with others.
+        let mount = resolve(&absolute("mount", self.mount.unwrap_or_else(|| state.join("mount")))?);
         let socket = absolute("socket", self.socket.unwrap_or_else(|| state.join(SOCKET_NAME)))?;
         check_places(&disks, &mount, &socket)?;
 
@@ -244,7 +247,6 @@ impl Config {
     }
 }
 
-/// Without resolving links: a disk may not be there yet.
 fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
     std::path::absolute(&path).map_err(|error| ConfigError::Value {
         key,
@@ -253,7 +255,35 @@ fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
     })
 }
 
-/// Refuse directories that would hide or hold one another.
+/// The path without links and dots, as far as that can be told. Nothing on the way is asked for more than where it
+/// leads, since a look at a mount whose node is gone may hang; what is not there yet is no link.
+fn resolve(path: &Path) -> PathBuf {
+    let mut found = PathBuf::new();
+    let mut links = 0;
+    let mut rest = vec![path.to_owned()];
+    while let Some(next) = rest.pop() {
+        let mut components = next.components();
+        let Some(component) = components.next() else { continue };
+        rest.push(components.as_path().to_owned());
+        match component {
+            Component::RootDir => found = PathBuf::from("/"),
+            Component::ParentDir => {
+                found.pop();
+            }
+            Component::CurDir | Component::Prefix(_) => {}
+            Component::Normal(name) => match found.join(name).read_link() {
+                Ok(target) if links < LINKS_MAX => {
+                    links += 1;
+                    rest.push(target);
+                }
+                Ok(_) | Err(_) => found.push(name),
+            },
+        }
+    }
+    found
+}
+
+/// Refuse directories that would hide or hold one another, whatever links lead there; `mount` has none.
 fn check_places(disks: &[PathBuf], mount: &Path, socket: &Path) -> Result<(), ConfigError> {
     let refuse = |key, path: &Path, reason: String| {
         Err(ConfigError::Value { key, value: path.display().to_string(), reason })
@@ -261,15 +291,16 @@ fn check_places(disks: &[PathBuf], mount: &Path, socket: &Path) -> Result<(), Co
     if disks.is_empty() {
         return refuse("disks", Path::new(""), "a node needs at least one disk".to_owned());
     }
-    for (index, disk) in disks.iter().enumerate() {
-        if disks.iter().take(index).any(|other| other == disk) {
+    let real: Vec<PathBuf> = disks.iter().map(|disk| resolve(disk)).collect();
+    for (index, (disk, real_disk)) in disks.iter().zip(&real).enumerate() {
+        if real.iter().take(index).any(|other| other == real_disk) {
             return refuse("disks", disk, "named twice".to_owned());
         }
-        if mount.starts_with(disk) || disk.starts_with(mount) {
+        if mount.starts_with(real_disk) || real_disk.starts_with(mount) {
             return refuse("mount", mount, format!("must lie apart from the disk {}", disk.display()));
         }
     }
-    if socket.starts_with(mount) {
+    if socket.starts_with(mount) || resolve(socket).starts_with(mount) {
         return refuse("socket", socket, format!("must not lie under the mount {}", mount.display()));
     }
     Ok(())
@@ -302,6 +333,8 @@ fn one_line(text: &str, error: &toml::de::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, ConfigError> {
@@ -368,6 +401,29 @@ mod tests {
                 Err(ConfigError::Value { key, .. }) => assert_eq!(key, wrong, "{text}"),
                 other => panic!("{text}: {other:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn links_do_not_hide_that_places_lie_in_one_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("real/disk")).unwrap();
+        symlink("real", at("link")).unwrap();
+        symlink(at("link/disk"), at("again")).unwrap();
+        symlink("round", at("round")).unwrap();
+        let real = dir.path().canonicalize().unwrap().join("real");
+        assert_eq!(resolve(&at("again/x/../y")), real.join("disk/y"));
+        assert_eq!(resolve(&at("round")).file_name(), Some("round".as_ref()));
+        let settings = |disk: &str, mount: &str| Settings {
+            disks: Some(vec![at(disk)]),
+            mount: Some(at(mount)),
+            ..Settings::default()
+        };
+        assert_eq!(settings("other", "link/m").finish().unwrap().mount, real.join("m"));
+        for (disk, mount) in [("again", "real/disk/m"), ("real/disk", "again"), ("real/disk", "link")] {
+            let refused = settings(disk, mount).finish();
+            assert!(matches!(refused, Err(ConfigError::Value { key: "mount", .. })), "{disk} {mount}");
         }
     }
 

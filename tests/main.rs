@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
 
+mod attach;
 mod block_device;
 mod farm;
 mod kill;

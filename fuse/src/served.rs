@@ -215,7 +215,8 @@ impl Served {
         self.namespace.stat(file).ok_or(Fault::Refused(Errno::ESTALE))
     }
 
-    fn number(&self, file: FileId) -> Result<INodeNo, Full> {
+    /// The file's number; one that no longer is gives way for it.
+    pub(crate) fn number(&self, file: FileId) -> Result<INodeNo, Full> {
         self.tree.number(file).or_else(|Full| {
             let named =
                 Kind::ALL.into_iter().flat_map(|kind| self.namespace.list(kind)).map(|entry| entry.id);

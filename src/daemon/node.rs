@@ -336,9 +336,7 @@ impl Node for LocalNode {
         let info = located.disk.resize(&located.name, ByteLen(request.size_bytes))?;
         self.tell(Change::Content { file: FileId::volume(located.uuid) });
         if self.attachments.device(located.uuid).is_some() {
-            // A look at the file has the kernel learn its size, which the device then takes.
-            drop(std::fs::metadata(self.file(&located)));
-            self.attachments.follow_size(located.uuid)?;
+            self.attachments.follow_size(located.uuid, &self.file(&located))?;
         }
         Ok(self.show_info(&located, info))
     }
@@ -388,7 +386,11 @@ impl Node for LocalNode {
         if let Readiness::NotReady(why) = self.readiness() {
             return Err(Refusal::new(Code::NotReady, format!("volume {name:?} has no file: {why}")));
         }
-        self.attachments.attach(located.uuid, &self.file(&located))?;
+        let identity = self.mount().as_ref().and_then(|mount| mount.identity(FileId::volume(located.uuid)));
+        let identity = identity.ok_or_else(|| {
+            Refusal::new(Code::Busy, format!("volume {name:?} has no file: too many files have been served"))
+        })?;
+        self.attachments.attach(located.uuid, &self.file(&located), identity)?;
         self.show(&located)
     }
 
