@@ -15,6 +15,7 @@ use std::{
 
 use bedplate_fuse::{Mode, Sharing};
 use clap::Args;
+use nix::unistd::Group;
 use serde::{Deserialize, Serialize};
 
 use crate::telemetry::{self, LogFormat};
@@ -64,13 +65,16 @@ pub struct Settings {
     /// How a line of the log looks [default: text]
     #[arg(long, value_name = "FORMAT", env = "BEDPLATE_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
+    /// Group whose members may speak to the node, too [default: the node's own group]
+    #[arg(long, value_name = "GROUP", env = "BEDPLATE_SOCKET_GROUP")]
+    pub socket_group: Option<String>,
     /// Given on the command line for every command, so no flag of this group.
     #[arg(skip)]
     pub socket: Option<PathBuf>,
 }
 
 /// The keys of the file.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 11] = [
     "state",
     "disks",
     "mount",
@@ -81,7 +85,15 @@ const KEYS: [&str; 10] = [
     "log",
     "log_format",
     "socket",
+    "socket_group",
 ];
+
+/// A group that the system knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketGroup {
+    pub name: String,
+    pub id: u32,
+}
 
 /// What a node runs with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +102,7 @@ pub struct Config {
     pub disks: Vec<PathBuf>,
     pub mount: PathBuf,
     pub socket: PathBuf,
+    pub socket_group: Option<SocketGroup>,
     pub mount_mode: Mode,
     pub sharing: Sharing,
     pub threads: NonZeroUsize,
@@ -167,6 +180,7 @@ impl Settings {
             log: self.log.or(below.log),
             log_format: self.log_format.or(below.log_format),
             socket: self.socket.or(below.socket),
+            socket_group: self.socket_group.or(below.socket_group),
         }
     }
 
@@ -191,6 +205,7 @@ impl Settings {
         let mount = resolve(&absolute("mount", self.mount.unwrap_or_else(|| state.join("mount")))?);
         let socket = absolute("socket", self.socket.unwrap_or_else(|| state.join(SOCKET_NAME)))?;
         check_places(&disks, &mount, &socket)?;
+        let socket_group = self.socket_group.map(find_group).transpose()?;
 
         let mode = self.mount_mode.unwrap_or_else(|| "0600".to_owned());
         let mount_mode = u16::from_str_radix(&mode, 8).ok().and_then(Mode::new).ok_or_else(|| {
@@ -210,7 +225,19 @@ impl Settings {
             Some(false) | None => Sharing::Owner,
         };
         let log_format = self.log_format.unwrap_or_default();
-        Ok(Config { state, disks, mount, socket, mount_mode, sharing, threads, image_jobs, log, log_format })
+        Ok(Config {
+            state,
+            disks,
+            mount,
+            socket,
+            socket_group,
+            mount_mode,
+            sharing,
+            threads,
+            image_jobs,
+            log,
+            log_format,
+        })
     }
 }
 
@@ -223,6 +250,8 @@ impl Config {
             disks: &'a [PathBuf],
             mount: &'a Path,
             socket: &'a Path,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            socket_group: Option<&'a str>,
             mount_mode: String,
             allow_other: bool,
             threads: NonZeroUsize,
@@ -235,6 +264,7 @@ impl Config {
             disks: &self.disks,
             mount: &self.mount,
             socket: &self.socket,
+            socket_group: self.socket_group.as_ref().map(|group| group.name.as_str()),
             mount_mode: format!("{:04o}", self.mount_mode.bits()),
             allow_other: matches!(self.sharing, Sharing::Others),
             threads: self.threads,
@@ -306,6 +336,15 @@ fn check_places(disks: &[PathBuf], mount: &Path, socket: &Path) -> Result<(), Co
     Ok(())
 }
 
+fn find_group(name: String) -> Result<SocketGroup, ConfigError> {
+    let reason = match Group::from_name(&name) {
+        Ok(Some(group)) => return Ok(SocketGroup { name, id: group.gid.as_raw() }),
+        Ok(None) => "no such group; `getent group` lists what there is".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Err(ConfigError::Value { key: "socket_group", value: name, reason })
+}
+
 fn at_most(
     key: &'static str,
     value: Option<NonZeroUsize>,
@@ -366,7 +405,7 @@ mod tests {
     #[test]
     fn every_field_is_a_known_key() {
         let text = "state='/s'\ndisks=['/d']\nmount='/m'\nmount_mode='0660'\nallow_other=false\nthreads=1\n\
-                    image_jobs=2\nlog='debug'\nlog_format='json'\nsocket='/k'";
+                    image_jobs=2\nlog='debug'\nlog_format='json'\nsocket='/k'\nsocket_group='root'";
         let settings = parse(text).unwrap();
         assert_eq!(toml::from_str::<toml::Table>(text).unwrap().len(), KEYS.len());
         let config = settings.finish().unwrap();
@@ -385,7 +424,7 @@ mod tests {
 
     #[test]
     fn values_that_cannot_work_are_refused_by_their_key() {
-        let table: [(&str, &str); 9] = [
+        let table: [(&str, &str); 10] = [
             ("mount_mode = '4755'", "mount_mode"),
             ("mount_mode = 'rw'", "mount_mode"),
             ("threads = 1000", "threads"),
@@ -395,6 +434,7 @@ mod tests {
             ("disks = ['/a', '/a']", "disks"),
             ("disks = ['/a']\nmount = '/a/m'", "mount"),
             ("mount = '/m'\nsocket = '/m/s'", "socket"),
+            ("socket_group = 'no-such-group'", "socket_group"),
         ];
         for (text, wrong) in table {
             match parse(text).unwrap().finish() {

@@ -11,8 +11,8 @@ use crate::{config::Settings, daemon, telemetry};
 #[derive(Args, Debug)]
 #[command(
     after_long_help = "Settings come from flags, then from the environment, then from the file, then from \
-defaults. The keys of the file are: state, disks, mount, socket, mount_mode, allow_other, threads, image_jobs, log, \
-log_format.
+defaults. The keys of the file are: state, disks, mount, socket, socket_group, mount_mode, allow_other, threads, \
+image_jobs, log, log_format.
 
 SIGTERM and SIGINT end it: new work is refused, volumes are flushed, the mount goes. A second signal aborts.
 

@@ -55,7 +55,8 @@ use crate::{
     api::{
         problem::{Code, engine_code},
         routes::Context,
-        server::{self, ListenError, Listener},
+        server,
+        socket::{ListenError, Listener},
     },
     config::Config,
     images::{self, Images},
@@ -130,12 +131,12 @@ pub fn run(config: Config) -> Result<(), Error> {
 async fn serve(config: Config) -> Result<(), Error> {
     let mut signals = Signals::new()?;
     let began = Instant::now();
-    let socket = config.socket.clone();
+    let (socket, group) = (config.socket.clone(), config.socket_group.as_ref().map(|group| group.id));
     let Some(node) = start_unless_told(config, &mut signals).await? else {
         tracing::info!("stopped before it was ready");
         return Ok(());
     };
-    let listener = match Listener::bind(&socket) {
+    let listener = match Listener::bind(&socket, group) {
         Ok(listener) => listener,
         Err(error) => {
             // The reason that counts is that there is no socket.
