@@ -203,6 +203,24 @@ impl LocalNode {
         }
     }
 
+    /// Refuse at once a volume that is not there; other sources the image service looks at.
+    fn check_source(&self, source: &str) -> Result<()> {
+        let Some(volume) = source.strip_prefix("volume:") else { return Ok(()) };
+        let (name, snapshot) = match volume.split_once('@') {
+            None => (volume, None),
+            Some((name, snapshot)) => (name, Some(snapshot)),
+        };
+        let volume = self.find_open(name)?.open()?;
+        let Some(snapshot) = snapshot else { return Ok(()) };
+        match volume.record().snapshot(snapshot).is_some() {
+            true => Ok(()),
+            false => {
+                let detail = format!("snapshot {snapshot:?} of volume {name:?} not found");
+                Err(Refusal::new(Code::NotFound, detail))
+            }
+        }
+    }
+
     fn view(&self, origin: &Origin) -> Result<Arc<dyn BlockDevice>> {
         match origin {
             Origin::Image(name) => Ok(self.images.open_device(name)?),
@@ -256,6 +274,7 @@ impl Node for LocalNode {
 
     fn create_image(&self, request: CreateImage) -> Result<Image> {
         self.admit()?;
+        self.check_source(&request.source)?;
         let info = self.images.create(&images::CreateImage {
             name: request.name,
             from: request.source,
