@@ -14,5 +14,6 @@ mod kill;
 mod lifecycle;
 mod main_job;
 mod memory;
+mod sources;
 mod trace;
 mod util;

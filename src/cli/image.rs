@@ -6,6 +6,7 @@ use super::{
     exit::Failure,
     export::{self, ExportArgs, Origin},
     output::{self, OutputArgs},
+    source,
     wait::{self, TimeoutArgs, WaitArgs},
 };
 use crate::api::{
@@ -21,17 +22,19 @@ pub enum Verb {
         after_long_help = "The node fetches the image in the background and verifies it as it arrives; --wait \
 waits for the result. A download that breaks off goes on where it was, also after a restart of the node.
 
-SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), or image:NAME.
+SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), or image:NAME. \
+@PATH reads a URL from a file: one with a password on the command line is for everybody on the machine to see.
 
 Examples:
   bedplate image create debian --from https://example.org/debian.raw --checksum 5bb3a8... --wait
   bedplate image create golden --from volume:build@done --wait --timeout 10m
-  bedplate image create local --from ./disk.raw"
+  bedplate image create local --from ./disk.raw
+  bedplate image create private --from @/root/private.url"
     )]
     Create {
         /// The image's name: letters, digits, '.', '_' and '-', at most 64, no leading dot
         name: String,
-        /// Where it comes from: PATH, http(s)://URL, volume:NAME[@SNAPSHOT] or image:NAME
+        /// Where it comes from: PATH, http(s)://URL, volume:NAME[@SNAPSHOT] or image:NAME; @PATH reads a URL from a file
         #[arg(long, value_name = "SOURCE")]
         from: String,
         /// The file's SHA-512 in hexadecimal, or sha256:HEX; any other bytes are refused with exit code 5
@@ -125,7 +128,7 @@ impl Verb {
 pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
     match verb {
         Verb::Create { name, from, checksum, wait, output } => {
-            let source = absolute_source(&from)?;
+            let source = absolute_source(&source::read(&from)?)?;
             let request = CreateImage { name, source, checksum, deadline_s: None };
             let mut image = client.create_image(&request).await?;
             if wait.wait {
@@ -148,9 +151,7 @@ pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
 
 /// A path becomes absolute here, because the node has another working directory; everything else is the node's.
 fn absolute_source(from: &str) -> Result<String, Failure> {
-    let scheme = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
-    let is_url = from.split_once("://").is_some_and(|(prefix, _)| !prefix.is_empty() && scheme(prefix));
-    if is_url || from.starts_with("volume:") || from.starts_with("image:") {
+    if source::is_url(from) || from.starts_with("volume:") || from.starts_with("image:") {
         return Ok(from.to_owned());
     }
     let path =

@@ -13,6 +13,7 @@ mod output;
 mod serve;
 mod size;
 mod snapshot;
+mod source;
 mod volume;
 mod wait;
 
@@ -162,6 +163,7 @@ mod tests {
     fn every_documented_command_is_understood() {
         for line in [
             "bedplate serve --state /s --disk /a --disk /b --mount /m --socket /k --config /c --check-config",
+            "bedplate image create a --from @/root/url",
             "bedplate image create a --from http://h/a --checksum 00 --wait --timeout 5m",
             "bedplate image list -o json",
             "bedplate image get a",
