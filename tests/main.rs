@@ -14,6 +14,7 @@ mod kill;
 mod lifecycle;
 mod main_job;
 mod memory;
+mod races;
 mod sources;
 mod trace;
 mod util;

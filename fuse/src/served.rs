@@ -26,7 +26,7 @@ use crate::{
     device_file::{self, Allocation, Seek},
     errno::Fault,
     handles::{Handle, Handles, Listed, Route, TooMany},
-    namespace::{FileEntry, FileId, Kind, Namespace},
+    namespace::{FileEntry, FileId, Kind, ListedFile, Namespace},
     options::MountOptions,
     tree::{self, Full, Node, Owner, Tree},
     warm::Warming,
@@ -250,7 +250,7 @@ impl Served {
             Node::Directory(kind) => {
                 let mut entries = self.namespace.list(kind);
                 entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-                for FileEntry { id, name, .. } in entries {
+                for ListedFile { id, name } in entries {
                     names.push(Listed { ino: self.number(id)?, kind: FileType::RegularFile, name });
                 }
             }

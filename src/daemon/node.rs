@@ -370,6 +370,8 @@ impl Node for LocalNode {
         self.jobs.start(JobKind::VolumeClone, new.clone(), move |control| {
             let _name = volumes.reserve(&new)?;
             let Located { disk, name, .. } = &located;
+            // The image needs no hold: its engine makes a linked clone and deletes its origin one after the other, so
+            // that one of them stands on the image at any moment; a full clone has it open, and then needs it no more.
             let info = match method {
                 CloneMethod::Linked => disk.clone_volume(name, snapshot.as_deref(), &new)?,
                 CloneMethod::Full => disk
