@@ -10,6 +10,7 @@
 mod attach;
 mod block_device;
 mod farm;
+mod jobs;
 mod kill;
 mod lifecycle;
 mod main_job;

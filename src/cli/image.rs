@@ -185,7 +185,8 @@ fn remark(image: &Image) -> String {
     message.or_else(|| copies().find_map(|copy| copy.progress.as_ref()).map(progress)).unwrap_or_default()
 }
 
-fn progress(progress: &Progress) -> String {
+/// How far a job is, for people.
+pub fn progress(progress: &Progress) -> String {
     let phase = output::word(progress.phase);
     if let Some(error) = progress.last_error.as_deref().filter(|_| progress.next_retry_at.is_some()) {
         return format!("attempt {} failed: {}", progress.attempt, output::shortened(error));

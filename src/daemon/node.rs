@@ -506,6 +506,10 @@ impl Node for LocalNode {
         self.jobs.get(id)
     }
 
+    fn cancel_job(&self, id: u64) -> Result<()> {
+        self.jobs.cancel(id)
+    }
+
     fn wait_job(&self, id: u64, patience: Duration) -> Result<types::Job> {
         self.jobs.wait(id, patience)
     }
