@@ -15,6 +15,7 @@ mod kill;
 mod lifecycle;
 mod main_job;
 mod memory;
+mod places;
 mod races;
 mod sources;
 mod trace;
