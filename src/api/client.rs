@@ -228,6 +228,10 @@ impl Client {
         self.get(&["jobs", &id.to_string()]).await
     }
 
+    pub async fn cancel_job(&self, id: u64) -> Result<Job> {
+        self.act(&["jobs", &id.to_string(), "cancel"]).await
+    }
+
     /// Write an image's content to `out`; returns its length.
     pub async fn image_content(&self, name: &str, out: &mut dyn io::Write) -> Result<u64> {
         self.stream(&path_of(&["images", name, "content"]), out).await

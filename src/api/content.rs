@@ -38,11 +38,15 @@ static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
 /// All bytes of `device`, with their number announced.
 pub fn response(device: Arc<dyn BlockDevice>) -> Response {
+    response_within(device, CLIENT_MAX)
+}
+
+fn response_within(device: Arc<dyn BlockDevice>, patience: Duration) -> Response {
     let len = device.geometry().size.0;
     let (chunks, queue) = mpsc::channel(CHUNKS_AHEAD_MAX);
     let runtime = Handle::current();
     tokio::task::spawn_blocking(move || {
-        if let Err(error) = feed(device.as_ref(), &chunks, &runtime, CLIENT_MAX) {
+        if let Err(error) = feed(device.as_ref(), &chunks, &runtime, patience) {
             tracing::warn!(%error, "a stream of content ends early");
             // Where there is no room the client reads nothing; the missing bytes tell it the same.
             drop(chunks.try_send(Err(error)));
@@ -117,4 +121,49 @@ fn feed(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+    use crate::api::fake::Pattern;
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn device() -> Arc<Pattern> {
+        Arc::new(Pattern { size: 16 * CHUNK_LEN, fails_at: None })
+    }
+
+    /// Wait until nobody but the test holds the device.
+    async fn until_let_go(device: &Arc<Pattern>) {
+        let let_go = async {
+            while Arc::strong_count(device) > 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(LONG, let_go).await.expect("the view is given up");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_loses_its_stream_and_the_view_is_let_go() {
+        let device = device();
+        let response = response_within(device.clone(), Duration::from_millis(50));
+        until_let_go(&device).await;
+        // Whoever reads on nevertheless does not get all.
+        let mut body = response.into_body();
+        let mut received = 0;
+        while let Some(Ok(frame)) = timeout(LONG, body.frame()).await.unwrap() {
+            received += frame.into_data().unwrap().len() as u64;
+        }
+        assert!(received < device.size, "{received}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_goes_away_lets_the_view_go() {
+        let device = device();
+        drop(response_within(device.clone(), LONG));
+        until_let_go(&device).await;
+    }
 }

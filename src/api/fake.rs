@@ -247,6 +247,11 @@ impl Node for FakeNode {
         }
     }
 
+    fn cancel_job(&self, id: u64) -> Result<()> {
+        Node::job(self, id)?;
+        Err(Refusal::new(Code::NotReady, format!("job \"{id}\" has ended already")))
+    }
+
     fn wait_job(&self, id: u64, _: Duration) -> Result<Job> {
         Node::job(self, id)
     }

@@ -78,6 +78,8 @@ pub trait Node: Send + Sync + 'static {
 
     fn jobs(&self) -> Vec<Job>;
     fn job(&self, id: u64) -> Result<Job>;
+    /// Tells it to stop; it ends soon after.
+    fn cancel_job(&self, id: u64) -> Result<()>;
     /// The job when it has ended, or as it is after `patience`.
     fn wait_job(&self, id: u64, patience: Duration) -> Result<Job>;
 }

@@ -110,6 +110,7 @@ pub fn router(context: Context) -> Router {
         .routes(routes!(revert_volume))
         .routes(routes!(list_jobs))
         .routes(routes!(get_job))
+        .routes(routes!(cancel_job))
         .split_for_parts();
     let document = Arc::new(document);
     router
@@ -444,7 +445,25 @@ async fn list_jobs(State(context): State<Context>) -> Reply<Json<Vec<Job>>> {
 #[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs",
     responses((status = 200, body = Job), (status = "default", body = Problem)))]
 async fn get_job(State(context): State<Context>, Path(id): Path<String>) -> Reply<Json<Job>> {
-    let unknown = || Refusal::new(Code::NotFound, format!("job {id:?} not found"));
-    let id = id.parse().map_err(|_| unknown())?;
+    let id = job_id(&id)?;
     call(context, move |node| Ok(Json(node.job(id)?))).await
+}
+
+/// Tell a job to stop. It then fails as cancelled; what it had made is taken away, or used when it is done again.
+#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", tag = "jobs",
+    responses((status = 200, body = Job), (status = 202, body = Job), (status = "default", body = Problem)))]
+async fn cancel_job(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Reply<(StatusCode, Json<Job>)> {
+    let id = job_id(&id)?;
+    start(context, move |node| {
+        node.cancel_job(id)?;
+        node.job(id)
+    })
+    .await
+}
+
+fn job_id(text: &str) -> Reply<u64> {
+    text.parse().map_err(|_| Refusal::new(Code::NotFound, format!("job {text:?} not found")))
 }

@@ -20,7 +20,8 @@ use super::{
     node::Readiness,
     problem::Code,
     routes::Context,
-    server::{self, BODY_BYTES_MAX, ListenError, Listener},
+    server::{self, BODY_BYTES_MAX},
+    socket::{ListenError, Listener},
     types::{CloneVolume, CreateImage, CreateVolume, ImageState, ResizeVolume},
 };
 use crate::telemetry::Metrics;
@@ -40,7 +41,7 @@ impl Server {
         let node = FakeNode::shared();
         let context = Context { node: node.clone(), metrics: Arc::new(Metrics::default()) };
         let stop = CancellationToken::new();
-        let listener = Listener::bind(&socket).unwrap();
+        let listener = Listener::bind(&socket, None).unwrap();
         let task = tokio::spawn(server::serve(listener, context, stop.clone(), Duration::from_secs(5)));
         Server { dir, node, client: Client::new(socket), stop, task }
     }
@@ -258,7 +259,7 @@ async fn the_socket_is_for_user_and_group_and_a_second_node_is_refused_while_one
     let server = Server::start();
     let socket = server.socket();
     assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
-    assert!(matches!(Listener::bind(&socket), Err(ListenError::Answers { .. })));
+    assert!(matches!(Listener::bind(&socket, None), Err(ListenError::Answers { .. })));
     assert!(server.client.node().await.is_ok());
     server.stop().await;
     assert!(!socket.exists());
@@ -269,10 +270,10 @@ async fn a_stale_socket_is_replaced_and_another_file_is_not() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-    let listener = Listener::bind(&socket).unwrap();
+    let listener = Listener::bind(&socket, None).unwrap();
     drop(listener);
     std::fs::write(&socket, "precious").unwrap();
-    assert!(matches!(Listener::bind(&socket), Err(ListenError::NotASocket { .. })));
+    assert!(matches!(Listener::bind(&socket, None), Err(ListenError::NotASocket { .. })));
     assert_eq!(std::fs::read(&socket).unwrap(), b"precious");
 }
 

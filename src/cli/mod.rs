@@ -8,11 +8,13 @@ mod doctor;
 mod exit;
 mod export;
 mod image;
+mod job;
 mod man;
 mod output;
 mod serve;
 mod size;
 mod snapshot;
+mod source;
 mod upload;
 mod volume;
 mod wait;
@@ -61,6 +63,8 @@ enum Noun {
     Volume(volume::Verb),
     #[command(subcommand)]
     Snapshot(snapshot::Verb),
+    #[command(subcommand)]
+    Job(job::Verb),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -93,7 +97,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Noun::Serve(args) => return serve::run(args, cli.socket),
         Noun::Completions(args) => return completions::run(args),
         Noun::Man(args) => return man::run(&args),
-        Noun::Image(_) | Noun::Volume(_) | Noun::Snapshot(_) | Noun::Doctor(_) => {}
+        Noun::Image(_) | Noun::Volume(_) | Noun::Snapshot(_) | Noun::Job(_) | Noun::Doctor(_) => {}
     }
     let client = Client::new(cli.socket.clone().unwrap_or_else(config::default_socket));
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -105,6 +109,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Noun::Image(verb) => image::run(verb, &client).await,
             Noun::Volume(verb) => volume::run(verb, &client).await,
             Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
+            Noun::Job(verb) => job::run(verb, &client).await,
             Noun::Doctor(args) => doctor::run(args, cli.socket).await,
             Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) => Ok(()),
         }
@@ -119,6 +124,7 @@ impl Noun {
             Noun::Image(verb) => verb.describe(),
             Noun::Volume(verb) => verb.describe(),
             Noun::Snapshot(verb) => verb.describe(),
+            Noun::Job(verb) => verb.describe(),
             Noun::Doctor(_) => "doctor",
             Noun::Completions(_) => "completions",
             Noun::Man(_) => "man",
@@ -163,6 +169,7 @@ mod tests {
     fn every_documented_command_is_understood() {
         for line in [
             "bedplate serve --state /s --disk /a --disk /b --mount /m --socket /k --config /c --check-config",
+            "bedplate image create a --from @/root/url",
             "bedplate image create a --from http://h/a --checksum 00 --wait --timeout 5m",
             "bedplate image list -o json",
             "bedplate image get a",
@@ -185,6 +192,9 @@ mod tests {
             "bedplate snapshot list v",
             "bedplate snapshot revert v s --snapshot-first t",
             "bedplate snapshot delete v s",
+            "bedplate job list -o json",
+            "bedplate job get 7 --wait --timeout 5m",
+            "bedplate job cancel 7",
             "bedplate doctor -o json --socket /k",
             "bedplate completions bash",
             "bedplate man /tmp",
@@ -203,6 +213,7 @@ mod tests {
             "bedplate volume create v",
             "bedplate volume clone v@ w",
             "bedplate volume resize v 10GB",
+            "bedplate job cancel web1",
             "bedplate volume export v out --format vmdk",
             "bedplate volume list -o yaml",
         ] {

@@ -133,6 +133,18 @@ impl Images {
         described.into_iter().map(Described::complete).collect()
     }
 
+    /// Names and uuids of those that are ready, without a look at any disk.
+    pub fn served(&self) -> Vec<(String, Uuid)> {
+        let table = self.0.lock();
+        let named = table.entries.iter().filter_map(|(name, entry)| match entry {
+            Entry::Image(image) => {
+                (image.state() == ImageState::Ready).then(|| (name.clone(), image.record.uuid))
+            }
+            Entry::Unreadable { .. } => None,
+        });
+        named.collect()
+    }
+
     /// By name or uuid.
     pub fn get(&self, name: &str) -> Result<ImageInfo> {
         let described = {
