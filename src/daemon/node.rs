@@ -285,6 +285,7 @@ impl Node for LocalNode {
             checksum: request.checksum,
             disk: None,
             deadline: request.deadline_s.map(Duration::from_secs),
+            internal_snapshot: request.internal_snapshot,
         })?;
         Ok(self.show_image(info))
     }
