@@ -138,7 +138,7 @@ impl Qcow2Layer {
     pub fn bitmaps(&self) -> Result<Vec<Bitmap>> {
         let Some(header) = self.header.bitmaps else { return Ok(Vec::new()) };
         let refused = |field, value, at| Err(Fault::field(field, value, at).of(self.file.path()));
-        if header.count > BITMAPS_MAX {
+        if header.count == 0 || header.count > BITMAPS_MAX {
             return refused("nb_bitmaps", header.count.into(), 0);
         }
         if header.directory_len > BITMAP_DIRECTORY_BYTES_MAX {
