@@ -102,8 +102,15 @@ impl Qcow2Layer {
             taken.push(table.offset.0..end);
         }
         let clusters = if header.data_file.is_some() { Clusters::External } else { Clusters::Own };
-        let opening =
-            Opening { geometry: header.geometry, version: header.version, clusters, l1, size, taken };
+        let opening = Opening {
+            geometry: header.geometry,
+            version: header.version,
+            clusters,
+            l1,
+            size,
+            taken,
+            l2_bytes_max: L2_BYTES_MAX,
+        };
         let tables = Tables::open(file.clone(), opening)?;
         let decoded = DecodedClusters::new(cluster_size);
         Ok(Qcow2Layer { file, data: None, header, tables, decoded })
