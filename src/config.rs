@@ -11,14 +11,19 @@ use std::{
     fs, io,
     num::NonZeroUsize,
     path::{Component, Path, PathBuf},
+    time::Duration,
 };
 
 use bedplate_fuse::{Mode, Sharing};
 use clap::Args;
 use nix::unistd::Group;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
-use crate::telemetry::{self, LogFormat};
+use crate::{
+    duration::{parse_duration, show_duration},
+    images::HttpSettings,
+    telemetry::{self, LogFormat},
+};
 
 /// Read when it exists and no other file is named.
 pub const CONFIG_FILE_DEFAULT: &str = "/etc/bedplate/bedplate.toml";
@@ -30,6 +35,7 @@ const SUGGESTION_LIKENESS_MIN: f64 = 0.7;
 const LINKS_MAX: usize = 40;
 /// Image jobs that run at once.
 pub const IMAGE_JOBS_MAX: usize = 64;
+const IMAGE_DEADLINE_DEFAULT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// One layer: what the file, or the environment and the flags, say. A field is a key of the file.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -59,6 +65,10 @@ pub struct Settings {
     /// Images that are fetched or verified at once; others wait [default: 4]
     #[arg(long, value_name = "COUNT", env = "BEDPLATE_IMAGE_JOBS")]
     pub image_jobs: Option<NonZeroUsize>,
+    /// The longest that bringing in or verifying an image may take where nobody says another (90s, 10m, 24h) [default: 24h]
+    #[arg(long, value_name = "TIME", env = "BEDPLATE_IMAGE_DEADLINE", value_parser = parse_duration)]
+    #[serde(deserialize_with = "duration_of_text")]
+    pub image_deadline: Option<Duration>,
     /// What to log: error, warn, info, debug, trace, or directives such as info,bedplate::api=debug [default: info]
     #[arg(long, value_name = "FILTER", env = "BEDPLATE_LOG")]
     pub log: Option<String>,
@@ -71,10 +81,27 @@ pub struct Settings {
     /// Given on the command line for every command, so no flag of this group.
     #[arg(skip)]
     pub socket: Option<PathBuf>,
+    /// Only in the file.
+    #[arg(skip)]
+    pub http: Option<HttpPatience>,
+}
+
+/// The table `[http]`: how patient downloads are. Times are as 500ms, 30s or 15m.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpPatience {
+    #[serde(deserialize_with = "duration_of_text")]
+    pub connect_timeout: Option<Duration>,
+    #[serde(deserialize_with = "duration_of_text")]
+    pub idle_timeout: Option<Duration>,
+    #[serde(deserialize_with = "duration_of_text")]
+    pub first_byte_within: Option<Duration>,
+    #[serde(deserialize_with = "duration_of_text")]
+    pub stalled_max: Option<Duration>,
 }
 
 /// The keys of the file.
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 13] = [
     "state",
     "disks",
     "mount",
@@ -82,9 +109,11 @@ const KEYS: [&str; 11] = [
     "allow_other",
     "threads",
     "image_jobs",
+    "image_deadline",
     "log",
     "log_format",
     "socket",
+    "http",
     "socket_group",
 ];
 
@@ -107,6 +136,8 @@ pub struct Config {
     pub sharing: Sharing,
     pub threads: NonZeroUsize,
     pub image_jobs: NonZeroUsize,
+    pub image_deadline: Duration,
+    pub http: HttpSettings,
     pub log: String,
     pub log_format: LogFormat,
 }
@@ -177,9 +208,11 @@ impl Settings {
             allow_other: self.allow_other.or(below.allow_other),
             threads: self.threads.or(below.threads),
             image_jobs: self.image_jobs.or(below.image_jobs),
+            image_deadline: self.image_deadline.or(below.image_deadline),
             log: self.log.or(below.log),
             log_format: self.log_format.or(below.log_format),
             socket: self.socket.or(below.socket),
+            http: self.http.or(below.http),
             socket_group: self.socket_group.or(below.socket_group),
         }
     }
@@ -214,6 +247,9 @@ impl Settings {
         })?;
         let threads = at_most("threads", self.threads, 16, bedplate_fuse::THREADS_MAX)?;
         let image_jobs = at_most("image_jobs", self.image_jobs, 4, IMAGE_JOBS_MAX)?;
+        let image_deadline =
+            at_least_a_second("image_deadline", self.image_deadline, IMAGE_DEADLINE_DEFAULT)?;
+        let http = self.http.unwrap_or_default().finish()?;
         let log = self.log.unwrap_or_else(|| "info".to_owned());
         telemetry::check_filter(&log).map_err(|reason| ConfigError::Value {
             key: "log",
@@ -235,8 +271,31 @@ impl Settings {
             sharing,
             threads,
             image_jobs,
+            image_deadline,
+            http,
             log,
             log_format,
+        })
+    }
+}
+
+impl HttpPatience {
+    fn finish(self) -> Result<HttpSettings, ConfigError> {
+        let sound = HttpSettings::default();
+        Ok(HttpSettings {
+            connect_timeout: at_least_a_second(
+                "connect_timeout",
+                self.connect_timeout,
+                sound.connect_timeout,
+            )?,
+            idle_timeout: at_least_a_second("idle_timeout", self.idle_timeout, sound.idle_timeout)?,
+            first_byte_within: at_least_a_second(
+                "first_byte_within",
+                self.first_byte_within,
+                sound.first_byte_within,
+            )?,
+            stalled_max: at_least_a_second("stalled_max", self.stalled_max, sound.stalled_max)?,
+            ..sound
         })
     }
 }
@@ -256,8 +315,17 @@ impl Config {
             allow_other: bool,
             threads: NonZeroUsize,
             image_jobs: NonZeroUsize,
+            image_deadline: String,
             log: &'a str,
             log_format: LogFormat,
+            http: Http,
+        }
+        #[derive(Serialize)]
+        struct Http {
+            connect_timeout: String,
+            idle_timeout: String,
+            first_byte_within: String,
+            stalled_max: String,
         }
         let file = File {
             state: &self.state,
@@ -269,8 +337,15 @@ impl Config {
             allow_other: matches!(self.sharing, Sharing::Others),
             threads: self.threads,
             image_jobs: self.image_jobs,
+            image_deadline: show_duration(self.image_deadline),
             log: &self.log,
             log_format: self.log_format,
+            http: Http {
+                connect_timeout: show_duration(self.http.connect_timeout),
+                idle_timeout: show_duration(self.http.idle_timeout),
+                first_byte_within: show_duration(self.http.first_byte_within),
+                stalled_max: show_duration(self.http.stalled_max),
+            },
         };
         // Only a path that is not UTF-8 cannot be written; it is said instead.
         toml::to_string(&file).unwrap_or_else(|error| format!("# cannot be written as a file: {error}\n"))
@@ -358,6 +433,25 @@ fn at_most(
     Ok(value)
 }
 
+/// No bound that a node or a network could never keep.
+fn at_least_a_second(
+    key: &'static str,
+    value: Option<Duration>,
+    default: Duration,
+) -> Result<Duration, ConfigError> {
+    let value = value.unwrap_or(default);
+    if value < Duration::from_secs(1) {
+        let reason = "at least 1s".to_owned();
+        return Err(ConfigError::Value { key, value: show_duration(value), reason });
+    }
+    Ok(value)
+}
+
+fn duration_of_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_duration(&text).map(Some).map_err(D::Error::custom)
+}
+
 /// What the parser found wrong, with its line, on one line.
 fn one_line(text: &str, error: &toml::de::Error) -> String {
     let message = error.message().replace('\n', ", ");
@@ -405,18 +499,26 @@ mod tests {
     #[test]
     fn every_field_is_a_known_key() {
         let text = "state='/s'\ndisks=['/d']\nmount='/m'\nmount_mode='0660'\nallow_other=false\nthreads=1\n\
-                    image_jobs=2\nlog='debug'\nlog_format='json'\nsocket='/k'\nsocket_group='root'";
+                    image_jobs=2\nimage_deadline='2h30m'\nlog='debug'\nlog_format='json'\nsocket='/k'\nsocket_group='root'\n\
+                    [http]\nconnect_timeout='4s'\nidle_timeout='10s'\nfirst_byte_within='1m'\nstalled_max='1h'";
         let settings = parse(text).unwrap();
         assert_eq!(toml::from_str::<toml::Table>(text).unwrap().len(), KEYS.len());
         let config = settings.finish().unwrap();
+        assert_eq!(config.image_deadline, Duration::from_secs(9000));
+        assert_eq!(config.http.idle_timeout, Duration::from_secs(10));
+        assert_eq!(config.http.stalled_max, Duration::from_secs(3600));
         assert_eq!(parse(&config.to_toml()).unwrap().finish().unwrap(), config);
     }
 
     #[test]
     fn a_wrong_type_or_syntax_is_refused_with_its_line() {
-        for text in
-            ["state = '/s'\nthreads = 'many'", "state = '/s'\nthreads = ", "state = '/s'\nthreads = 0"]
-        {
+        for text in [
+            "[http]\nidle = '3s'",
+            "[http]\nidle_timeout = 'soon'",
+            "state = '/s'\nthreads = 'many'",
+            "state = '/s'\nthreads = ",
+            "state = '/s'\nthreads = 0",
+        ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.starts_with("c.toml: line 2: ") && !message.contains('\n'), "{message}");
         }
@@ -424,11 +526,13 @@ mod tests {
 
     #[test]
     fn values_that_cannot_work_are_refused_by_their_key() {
-        let table: [(&str, &str); 10] = [
+        let table: [(&str, &str); 12] = [
             ("mount_mode = '4755'", "mount_mode"),
             ("mount_mode = 'rw'", "mount_mode"),
             ("threads = 1000", "threads"),
             ("image_jobs = 1000", "image_jobs"),
+            ("image_deadline = '0s'", "image_deadline"),
+            ("[http]\nidle_timeout = '10ms'", "idle_timeout"),
             ("log = 'a=b=c'", "log"),
             ("disks = []", "disks"),
             ("disks = ['/a', '/a']", "disks"),

@@ -44,6 +44,13 @@ pub enum Open {
     CreateWrite,
 }
 
+/// What [`Directory::space`] tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    pub free_bytes: u64,
+    pub size_bytes: u64,
+}
+
 /// A held directory.
 #[derive(Debug)]
 pub struct Directory {
@@ -182,10 +189,16 @@ impl Directory {
         Ok(content)
     }
 
+    /// How large the file system is, and how much of it may still be written.
+    pub fn space(&self) -> Result<Space> {
+        let stat = fstatvfs(&self.fd).map_err(|e| failed("statvfs", &self.path, e))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
+        Ok(Space { free_bytes: bytes(stat.blocks_available()), size_bytes: bytes(stat.blocks()) })
+    }
+
     /// Bytes that we may still write on this file system.
     pub fn free_bytes(&self) -> Result<u64> {
-        let stat = fstatvfs(&self.fd).map_err(|e| failed("statvfs", &self.path, e))?;
-        Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+        Ok(self.space()?.free_bytes)
     }
 }
 

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod directory;
+pub mod duration;
 pub mod images;
 pub mod prep;
 pub mod telemetry;

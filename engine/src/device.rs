@@ -143,6 +143,45 @@ fn wait<D: BlockDevice + ?Sized>(device: &D, request: Request) -> Reply {
     }
 }
 
+/// How much of a device is asked about at once.
+const EXTENTS_SPAN: u64 = 1 << 30;
+
+/// The runs of a device from `at`, which lies before its end: in order, without gaps, at least one. Not necessarily all.
+pub fn runs_from(device: &dyn BlockDevice, at: u64) -> Result<Vec<Extent>> {
+    let size = device.geometry().size;
+    let asked = ByteRange::new(at, (size.0 - at).min(EXTENTS_SPAN));
+    let extents = device.extents(asked)?;
+    // A device that broke its promise would corrupt what is made of it.
+    let mut at = at;
+    for extent in &extents {
+        if extent.range.start.0 != at || extent.range.is_empty() || extent.range.end() > asked.end() {
+            let what = format!("the device gave the run {} where one at byte {at} was due", extent.range);
+            return Err(Error::Invalid(what));
+        }
+        at = extent.range.end().0;
+    }
+    if extents.is_empty() {
+        return Err(Error::Invalid(format!("the device has no run at byte {at}")));
+    }
+    Ok(extents)
+}
+
+/// Visit the runs of a device in order, without gaps.
+pub fn for_each_extent<E: From<Error>>(
+    device: &dyn BlockDevice,
+    mut visit: impl FnMut(ByteRange, ExtentKind) -> Result<(), E>,
+) -> Result<(), E> {
+    let size = device.geometry().size;
+    let mut at = 0;
+    while at < size.0 {
+        for extent in runs_from(device, at)? {
+            visit(extent.range, extent.kind)?;
+            at = extent.range.end().0;
+        }
+    }
+    Ok(())
+}
+
 /// Refuse a change of a read-only device, or a request that is too long.
 pub fn check_length(len: u64) -> Result<()> {
     if len > REQUEST_LEN_MAX {

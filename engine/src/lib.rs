@@ -7,6 +7,8 @@ pub mod cow;
 pub mod device;
 pub mod error;
 pub mod exec;
+pub mod export;
 pub mod image;
+pub mod sparse;
 pub mod units;
 pub mod volume;

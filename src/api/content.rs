@@ -1,6 +1,6 @@
-//! A device's content as the body of an answer.
+//! A device's content as the body of an answer, and an image's as the body of a request.
 //!
-//! Owns the stream: bounded, read ahead by [`CHUNKS_AHEAD_MAX`] on a thread that may block, holes never read from disk.
+//! Owns the streams. That of an answer is bounded, read ahead by [`CHUNKS_AHEAD_MAX`] on a thread that may block, holes never read from disk.
 //! A read that fails cuts the connection before the announced length, so that a client cannot take what it has for
 //! the whole; HTTP has no other word for it once the status is sent.
 
@@ -16,8 +16,13 @@ use bedplate_engine::{
     error::Error,
     units::{ByteRange, to_usize},
 };
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use tokio::{runtime::Handle, sync::mpsc, time::timeout};
+
+use super::{
+    node::UploadParts,
+    problem::{Code, Refusal},
+};
 
 /// Bytes of one piece of the body.
 const CHUNK_LEN: u64 = 1 << 20;
@@ -53,6 +58,29 @@ fn response_within(device: Arc<dyn BlockDevice>, patience: Duration) -> Response
         (header::CONTENT_LENGTH, len.to_string()),
     ];
     (headers, Body::from_stream(body)).into_response()
+}
+
+/// Hand the bytes of a request's body on, as they come and are taken. Ends early, without an error, when nobody takes
+/// them any more.
+pub async fn receive(body: Body, parts: UploadParts) -> Result<(), Refusal> {
+    let mut body = body.into_data_stream();
+    loop {
+        let next = tokio::select! {
+            next = body.next() => next,
+            () = parts.closed() => return Ok(()),
+        };
+        let part = match next {
+            Some(Ok(bytes)) => Some(bytes),
+            Some(Err(error)) => {
+                return Err(Refusal::new(Code::Invalid, format!("the upload broke off: {error}")));
+            }
+            None => None,
+        };
+        let last = part.is_none();
+        if parts.send(part).await.is_err() || last {
+            return Ok(());
+        }
+    }
 }
 
 /// Send everything in order; ends early, without an error, when nobody listens any more.

@@ -12,7 +12,7 @@ use axum::{
         FromRequest, FromRequestParts, Path, State,
         rejection::{JsonRejection, QueryRejection},
     },
-    http::{StatusCode, header},
+    http::{Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use utoipa::OpenApi;
@@ -31,6 +31,9 @@ use crate::telemetry::Metrics;
 
 /// How long a request waits for its job before it answers that the job is running.
 const JOB_GRACE: Duration = Duration::from_millis(250);
+
+/// The one route whose request takes as long as its body does.
+pub const UPLOAD: (Method, &str) = (Method::POST, "/v1/images/{name}/content");
 
 /// What every route has at hand.
 #[derive(Clone)]
@@ -91,7 +94,7 @@ pub fn router(context: Context) -> Router {
         .routes(routes!(cancel_image))
         .routes(routes!(verify_image))
         .routes(routes!(export_image))
-        .routes(routes!(image_content))
+        .routes(routes!(image_content, upload_image))
         .routes(routes!(list_volumes, create_volume))
         .routes(routes!(get_volume, delete_volume))
         .routes(routes!(resize_volume))
@@ -261,6 +264,22 @@ async fn export_image(
 async fn image_content(State(context): State<Context>, Path(name): Path<String>) -> Reply<Response> {
     let device = call(context, move |node| node.content(Origin::Image(name))).await?;
     Ok(content::response(device))
+}
+
+/// Send the bytes of an image that was created with the source `upload`. Answered when they have been taken over, with
+/// the image as it is then: its state tells whether it is good.
+#[utoipa::path(post, path = "/v1/images/{name}/content", tag = "images",
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 202, body = Image), (status = "default", body = Problem)))]
+async fn upload_image(
+    State(context): State<Context>,
+    Path(name): Path<String>,
+    body: axum::body::Body,
+) -> Reply<(StatusCode, Json<Image>)> {
+    let image = name.clone();
+    let parts = call(context.clone(), move |node| node.upload_image(&image)).await?;
+    content::receive(body, parts).await?;
+    call(context, move |node| Ok((StatusCode::ACCEPTED, Json(node.image(&name)?)))).await
 }
 
 /// All volumes.

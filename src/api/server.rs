@@ -1,7 +1,8 @@
 //! The server: its limits, and how it stops.
 //!
-//! Owns every bound on what clients may do at once; the socket's file is [`super::socket`]'s. A connection that sends nothing is closed after `IDLE_MAX`, a request that is not answered
-//! within `ANSWER_MAX` is answered *timed out* while its work goes on. Stopping answers what is in work, and refuses
+//! Owns every bound on what clients may do at once; the socket's file is [`super::socket`]'s. A connection that sends
+//! nothing is closed after `IDLE_MAX`, a request that is not answered within `ANSWER_MAX` is answered *timed out* while
+//! its work goes on (an upload takes as long as its body). Stopping answers what is in work, and refuses
 //! the rest.
 
 use std::{
@@ -126,6 +127,10 @@ async fn within_limits(State(limits): State<Limits>, request: Request, next: Nex
     let response = match limits.requests.try_acquire() {
         Err(_) => {
             Refusal::new(Code::Busy, "too many requests at once (REQUESTS_MAX); try again").into_response()
+        }
+        // Its bytes come as fast as their sender and the disk allow; the job that takes them has the deadline.
+        Ok(_permit) if (&method, route.as_str()) == (&routes::UPLOAD.0, routes::UPLOAD.1) => {
+            next.run(request).await
         }
         Ok(_permit) => match timeout(ANSWER_MAX, next.run(request)).await {
             Ok(response) => response,

@@ -107,6 +107,34 @@ async fn an_image_begins_pending_and_a_refused_delete_names_the_users() {
 }
 
 #[tokio::test]
+async fn an_upload_reaches_the_node_byte_for_byte_and_one_that_nobody_takes_is_answered() {
+    let server = Server::start();
+    let content: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    let (to_send, parts) = tokio::sync::mpsc::channel(1);
+    let sent = content.clone();
+    let sender = tokio::spawn(async move {
+        for part in sent.chunks(100_001) {
+            to_send.send(Ok(hyper::body::Bytes::copy_from_slice(part))).await.unwrap();
+        }
+    });
+    server.client.upload_image("a", parts).await.unwrap();
+    sender.await.unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while *server.node.uploaded.lock().unwrap_or_else(PoisonError::into_inner) != content {
+        assert!(std::time::Instant::now() < deadline, "the node has other bytes");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    // Whoever sends more than a node's buffers hold sees that it hangs up; the small one sees the answer.
+    let (to_send, parts) = tokio::sync::mpsc::channel(1);
+    let open = to_send.clone();
+    drop(to_send);
+    let image = server.client.upload_image(BROKEN, parts).await.unwrap();
+    assert_eq!(image.name, BROKEN);
+    drop(open);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn names_with_any_character_reach_the_node_as_they_are() {
     let server = Server::start();
     for name in ["a/b", "..", "a b", "ä?x=1#y", "%2f"] {

@@ -88,6 +88,26 @@ pub struct Progress {
     pub next_retry_at: Option<Timestamp>,
 }
 
+/// What a verification found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VerificationState {
+    /// The bytes are the ones that were verified before.
+    Passed,
+    /// They are not (`corrupt`), or it ended before that was known; the code says which.
+    Failed,
+}
+
+/// How reading a copy back from the medium ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Verification {
+    pub state: VerificationState,
+    /// Why it failed.
+    pub message: Option<String>,
+    /// The stable word for the message.
+    pub code: Option<Code>,
+}
+
 /// An image's file on one disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Copy {
@@ -100,6 +120,8 @@ pub struct Copy {
     pub message: Option<String>,
     /// The stable word for the message, where it is failed.
     pub code: Option<Code>,
+    /// How the last verification ended; `null` while one runs, and until the first since the node started.
+    pub verification: Option<Verification>,
 }
 
 /// An image: immutable bytes with a name and a checksum.
@@ -232,6 +254,15 @@ pub struct RecoverReport {
     pub lost: Vec<Range>,
 }
 
+/// SHA-512 of what an export wrote, in hexadecimal digits.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ExportDigests {
+    /// The file.
+    pub file_sha512: Option<String>,
+    /// What a guest reads from it.
+    pub guest_sha512: Option<String>,
+}
+
 /// Work that may outlast its request. A finished job can be asked about for a while.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Job {
@@ -246,6 +277,8 @@ pub struct Job {
     pub error: Option<Problem>,
     /// Of a recovery that is done.
     pub report: Option<RecoverReport>,
+    /// Of an export that is done and was to give them.
+    pub digests: Option<ExportDigests>,
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
 }
@@ -256,7 +289,8 @@ pub struct Job {
 pub struct CreateImage {
     /// Letters, digits, `.`, `_` and `-`; 64 at most; no leading dot.
     pub name: String,
-    /// An absolute path, an `http(s)://` URL, `volume:NAME[@SNAPSHOT]` or `image:NAME`.
+    /// An absolute path, an `http(s)://` URL, `volume:NAME[@SNAPSHOT]`, `image:NAME`, or `upload`: then its
+    /// bytes are sent to `/v1/images/NAME/content`.
     pub source: String,
     /// SHA-512 as 128 hexadecimal digits, or `sha256:` and 64.
     #[serde(default)]
@@ -337,8 +371,28 @@ pub struct Export {
     #[serde(default)]
     pub snapshot: Option<String>,
     pub format: Format,
+    /// Of qcow2 only; clusters are stored as they are when not given.
+    #[serde(default)]
+    pub compress: Option<Compression>,
+    /// Of qcow2 only: a power of two from 512 to 2 MiB; 64 KiB when not given.
+    #[serde(default)]
+    pub cluster_size_bytes: Option<u64>,
+    /// Give the SHA-512 of the file that was written.
+    #[serde(default)]
+    pub digest_file: bool,
+    /// Give the SHA-512 of what a guest reads from it.
+    #[serde(default)]
+    pub digest_guest: bool,
     #[serde(default)]
     pub existing: Existing,
+}
+
+/// How the clusters of a qcow2 file are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    Zlib,
+    Zstd,
 }
 
 /// What becomes of a file that an export would replace.

@@ -1,17 +1,22 @@
 //! `bedplate image`: images and their copies.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 
 use super::{
     exit::Failure,
     export::{self, ExportArgs, Origin},
     output::{self, OutputArgs},
-    source,
+    source, upload,
     wait::{self, TimeoutArgs, WaitArgs},
 };
-use crate::api::{
-    client::Client,
-    types::{CreateImage, Image, Progress},
+use crate::{
+    api::{
+        client::Client,
+        types::{CreateImage, Image, Progress},
+    },
+    duration::parse_duration,
 };
 
 /// Bring in, verify, export and delete images
@@ -22,24 +27,37 @@ pub enum Verb {
         after_long_help = "The node fetches the image in the background and verifies it as it arrives; --wait \
 waits for the result. A download that breaks off goes on where it was, also after a restart of the node.
 
-SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), or image:NAME. \
-@PATH reads a URL from a file: one with a password on the command line is for everybody on the machine to see.
+SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), image:NAME, or - \
+for the bytes of stdin. @PATH reads a URL from a file: one with a password on the command line is for everybody on \
+the machine to see.
+
+What comes on stdin is sent to the node, and the result is waited for with or without --wait; blocks of zeros \
+take no space; an upload that breaks off leaves nothing but a failed image that says why, and can be sent again.
+
+An image is refused, or its arrival ends, before the disk has less than 1 GiB free, or 2 % of its size if that is more \
+(but at most a quarter of a small disk), because volumes grow on the same disk. What had come is kept for another try, \
+unless the source never said how much there is.
 
 Examples:
   bedplate image create debian --from https://example.org/debian.raw --checksum 5bb3a8... --wait
   bedplate image create golden --from volume:build@done --wait --timeout 10m
   bedplate image create local --from ./disk.raw
+  zstdcat disk.raw.zst | bedplate image create piped --from - --checksum 5bb3a8...
   bedplate image create private --from @/root/private.url"
     )]
     Create {
         /// The image's name: letters, digits, '.', '_' and '-', at most 64, no leading dot
         name: String,
-        /// Where it comes from: PATH, http(s)://URL, volume:NAME[@SNAPSHOT] or image:NAME; @PATH reads a URL from a file
+        /// Where it comes from: PATH, http(s)://URL, volume:NAME[@SNAPSHOT], image:NAME, @PATH of a file with a URL, or -
+        /// for stdin
         #[arg(long, value_name = "SOURCE")]
         from: String,
         /// The file's SHA-512 in hexadecimal, or sha256:HEX; any other bytes are refused with exit code 5
         #[arg(long, value_name = "HEX")]
         checksum: Option<String>,
+        /// The longest that it may take (90s, 10m, 2h); then it has failed, whether or not somebody waits
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        deadline: Option<Duration>,
         #[command(flatten)]
         wait: WaitArgs,
         #[command(flatten)]
@@ -87,10 +105,13 @@ Example:
         output: OutputArgs,
     },
     /// Read an image back from the disk and compare its checksum
-    #[command(after_long_help = "Exits with 5 when the bytes are not what they were.
+    #[command(
+        after_long_help = "Exits with 0 only when every byte was read and is what it was; with 5 when one is \
+not, with 1 when the verification was cancelled, and with 6 when it took too long.
 
 Example:
-  bedplate image verify debian")]
+  bedplate image verify debian"
+    )]
     Verify {
         /// The image's name or uuid
         name: String,
@@ -127,13 +148,19 @@ impl Verb {
 
 pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
     match verb {
-        Verb::Create { name, from, checksum, wait, output } => {
-            let source = absolute_source(&source::read(&from)?)?;
-            let request = CreateImage { name, source, checksum, deadline_s: None };
-            let mut image = client.create_image(&request).await?;
-            if wait.wait {
-                image = wait::image(client, image, wait.timeout).await?;
-            }
+        Verb::Create { name, from, checksum, deadline, wait, output } => {
+            let from_stdin = from == upload::STDIN;
+            let source = if from_stdin { from } else { absolute_source(&source::read(&from)?)? };
+            // Never less than was asked for.
+            let deadline_s =
+                deadline.map(|deadline| deadline.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX));
+            let request = CreateImage { name, source, checksum, deadline_s };
+            let image = if from_stdin {
+                upload::create(client, request, wait.timeout).await?
+            } else {
+                let image = client.create_image(&request).await?;
+                if wait.wait { wait::image(client, image, wait.timeout).await? } else { image }
+            };
             output.print(&image, details)
         }
         Verb::List { output } => output.print(&client.images().await?, |images| table(images)),
@@ -142,7 +169,7 @@ pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
         Verb::Cancel { name, output } => output.print(&client.cancel_image(&name).await?, details),
         Verb::Verify { name, timeout, output } => {
             let image = client.verify_image(&name).await?;
-            let image = wait::image(client, image, timeout.timeout).await?;
+            let image = wait::verification(client, image, timeout.timeout).await?;
             output.print(&image, details)
         }
         Verb::Export { name, export } => export::run(Origin::Image(name), export, client).await,

@@ -15,6 +15,7 @@ mod serve;
 mod size;
 mod snapshot;
 mod source;
+mod upload;
 mod volume;
 mod wait;
 

@@ -11,8 +11,14 @@ use crate::{config::Settings, daemon, telemetry};
 #[derive(Args, Debug)]
 #[command(
     after_long_help = "Settings come from flags, then from the environment, then from the file, then from \
-defaults. The keys of the file are: state, disks, mount, socket, socket_group, mount_mode, allow_other, threads, \
-image_jobs, log, log_format.
+defaults. The keys of the file are: state, disks, mount, socket, socket_group, mount_mode, allow_other, threads, image_jobs, \
+image_deadline, log, log_format, and the table [http], which says how patient downloads are (here with its defaults):
+
+  [http]
+  connect_timeout = \"8s\"     # the longest that making a connection may take
+  idle_timeout = \"30s\"       # the longest that a connection may say nothing
+  first_byte_within = \"28s\"  # an origin that never delivers is given up within this
+  stalled_max = \"15m\"        # a download that has begun is given up when nothing new came for so long
 
 SIGTERM and SIGINT end it: new work is refused, volumes are flushed, the mount goes. A second signal aborts.
 

@@ -16,7 +16,8 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     bytes.checked_next_multiple_of(SECTOR_SIZE).ok_or_else(|| format!("{text:?} is too large"))
 }
 
-fn parse_bytes(text: &str) -> Result<u64, String> {
+/// The bytes of `text`, exactly.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let hint = || format!("{text:?} is not a size; write a number and b, k, M, G, T, P or E, such as 10G");
     let last = text.chars().last().ok_or_else(hint)?;
     let (number, shift) = match SUFFIXES.iter().find(|(suffix, _)| last.eq_ignore_ascii_case(suffix)) {

@@ -10,10 +10,13 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::exit::Failure;
-use crate::api::{
-    client::Client,
-    problem::Code,
-    types::{Image, ImageState, Job, JobState, Phase, Progress},
+use crate::{
+    api::{
+        client::Client,
+        problem::Code,
+        types::{Image, ImageState, Job, JobState, Phase, Progress, Verification, VerificationState},
+    },
+    duration::parse_duration,
 };
 
 /// Pauses between two questions grow from the first to the second.
@@ -39,16 +42,6 @@ pub struct TimeoutArgs {
     pub timeout: Option<Duration>,
 }
 
-/// `90`, `90s`, `5m`, `1h30m`.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let hint = || format!("{text:?} is not a time; write 30s, 5m or 2h");
-    if let Ok(seconds) = text.parse() {
-        return Ok(Duration::from_secs(seconds));
-    }
-    let span: jiff::SignedDuration = text.parse().map_err(|_| hint())?;
-    Duration::try_from(span).map_err(|_| hint())
-}
-
 /// Until no job is at the image: it, if it is ready.
 pub async fn image(client: &Client, mut image: Image, timeout: Option<Duration>) -> Result<Image, Failure> {
     let name = image.name.clone();
@@ -64,6 +57,36 @@ pub async fn image(client: &Client, mut image: Image, timeout: Option<Duration>)
         patience.pause(&name, progress.as_ref(), || format!("image {name:?} is not ready")).await?;
         image = client.image(&name).await?;
     }
+}
+
+/// Until the verification that runs has ended: the image, if its bytes are what they were.
+pub async fn verification(
+    client: &Client,
+    mut image: Image,
+    timeout: Option<Duration>,
+) -> Result<Image, Failure> {
+    let name = image.name.clone();
+    let mut patience = Patience::new(timeout);
+    while let Some(progress) = image.copies.iter().find_map(|copy| copy.progress.clone()) {
+        patience.pause(&name, Some(&progress), || format!("image {name:?} is not verified")).await?;
+        image = client.image(&name).await?;
+    }
+    verified(&image)?;
+    Ok(image)
+}
+
+/// What a verification found, whatever else is to be said of the image.
+fn verified(image: &Image) -> Result<(), Failure> {
+    let outcome = image.copies.iter().find_map(|copy| copy.verification.as_ref());
+    let (code, message) = match outcome {
+        Some(Verification { state: VerificationState::Passed, .. }) => return Ok(()),
+        Some(Verification { state: VerificationState::Failed, message, code }) => {
+            (code.unwrap_or(Code::Internal), message.as_deref().unwrap_or("no reason is known"))
+        }
+        // Its node was restarted, or somebody made another image of this name.
+        None => (Code::Cancelled, "the node does not know how its verification ended"),
+    };
+    Err(Failure::Ended { code, detail: format!("image {:?} is not verified: {message}", image.name) })
 }
 
 /// What became of an image that is not good.
@@ -183,16 +206,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_seconds_or_have_units() {
-        assert_eq!(parse_duration("90"), Ok(Duration::from_secs(90)));
-        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
-        assert_eq!(parse_duration("1h30m"), Ok(Duration::from_secs(5400)));
-        for bad in ["", "-5s", "soon", "5 parsecs"] {
-            assert!(parse_duration(bad).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
     fn a_failed_image_says_why_with_the_code_of_its_copy() {
         let json = serde_json::json!({
             "name": "a", "uuid": null, "state": "failed", "format": null, "size_bytes": null,
@@ -203,5 +216,27 @@ mod tests {
         let failure = failed(&serde_json::from_value(json).unwrap());
         assert_eq!(failure.exit_code(), 5);
         assert!(failure.to_string().starts_with("image \"a\" failed: expected 1, got 2"), "{failure}");
+    }
+
+    #[test]
+    fn the_end_of_a_verification_is_told_and_not_the_state_of_its_image() {
+        let ended = |state: &str, verification: serde_json::Value| {
+            let json = serde_json::json!({
+                "name": "a", "uuid": null, "state": state, "format": null, "size_bytes": null,
+                "virtual_size_bytes": null, "allocated_bytes": 0, "sha512": null, "source": "x",
+                "created_at": null,
+                "copies": [{"disk": "/d", "state": state, "progress": null, "message": null, "code": null,
+                            "verification": verification}],
+            });
+            verified(&serde_json::from_value(json).unwrap()).map_err(|failure| failure.exit_code())
+        };
+        let failed = |code: &str| serde_json::json!({"state": "failed", "message": "x", "code": code});
+        let passed = serde_json::json!({"state": "passed", "message": null, "code": null});
+        assert_eq!(ended("ready", passed), Ok(()));
+        assert_eq!(ended("ready", failed("cancelled")), Err(1));
+        assert_eq!(ended("ready", failed("timed_out")), Err(6));
+        assert_eq!(ended("failed", failed("corrupt")), Err(5));
+        assert_eq!(ended("failed", failed("cancelled")), Err(1));
+        assert_eq!(ended("ready", serde_json::Value::Null), Err(1));
     }
 }

@@ -22,7 +22,7 @@ use super::show;
 use crate::{
     api::{
         problem::{Code, Refusal},
-        types::{self, JobKind, JobState, RecoverReport},
+        types::{self, ExportDigests, JobKind, JobState, RecoverReport},
     },
     prep::{
         progress::{Meter, Phase},
@@ -38,7 +38,15 @@ pub const JOBS_KEPT_MAX: usize = 256;
 const JOB_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// How a job's work ends.
-pub type Outcome = Result<Option<RecoverReport>, Refusal>;
+pub type Outcome = Result<Report, Refusal>;
+
+/// What a job that is done has to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    Nothing,
+    Recovered(RecoverReport),
+    Exported(ExportDigests),
+}
 
 /// What a job's work has at hand.
 #[derive(Debug)]
@@ -292,15 +300,25 @@ impl Job {
     }
 
     fn show(&self, id: u64) -> types::Job {
-        let (state, progress, error, report) = match &self.state {
-            State::Running => {
-                (JobState::Running, Some(show::progress(&self.control.meter.progress())), None, None)
-            }
-            State::Ended(Ok(report)) => (JobState::Done, None, None, report.clone()),
-            State::Ended(Err(refusal)) => (JobState::Failed, None, Some(refusal.problem()), None),
-        };
         let (kind, object, created_at) = (self.kind, self.object.clone(), self.created_at);
-        types::Job { id, kind, object, state, progress, error, report, created_at }
+        let state = JobState::Running;
+        let (progress, error, report, digests) = (None, None, None, None);
+        let mut job = types::Job { id, kind, object, state, progress, error, report, digests, created_at };
+        match &self.state {
+            State::Running => job.progress = Some(show::progress(&self.control.meter.progress())),
+            State::Ended(Err(refusal)) => {
+                (job.state, job.error) = (JobState::Failed, Some(refusal.problem()));
+            }
+            State::Ended(Ok(report)) => {
+                job.state = JobState::Done;
+                match report {
+                    Report::Nothing => {}
+                    Report::Recovered(report) => job.report = Some(report.clone()),
+                    Report::Exported(digests) => job.digests = Some(digests.clone()),
+                }
+            }
+        }
+        job
     }
 }
 
@@ -319,7 +337,7 @@ mod tests {
         let job = jobs
             .start(JobKind::VolumeFlatten, "a", move |_| {
                 wait.recv().ok();
-                Ok(Some(RecoverReport::default()))
+                Ok(Report::Recovered(RecoverReport::default()))
             })
             .unwrap();
         assert_eq!((job.state, job.report), (JobState::Running, None));
@@ -344,7 +362,7 @@ mod tests {
         assert_eq!(jobs.take(JobKind::SnapshotDelete, "a@s").unwrap_err().code, Code::Busy);
         drop(places);
         assert!(jobs.list().is_empty());
-        let job = jobs.take(JobKind::SnapshotDelete, "a@s").unwrap().run(|_| Ok(None));
+        let job = jobs.take(JobKind::SnapshotDelete, "a@s").unwrap().run(|_| Ok(Report::Nothing));
         assert_eq!(jobs.wait(job.id, LONG).unwrap().state, JobState::Done);
     }
 
@@ -368,10 +386,10 @@ mod tests {
             };
             jobs.start(JobKind::VolumeExport, n.to_string(), work).unwrap();
         }
-        let refused = jobs.start(JobKind::VolumeExport, "one more", |_| Ok(None)).unwrap_err();
+        let refused = jobs.start(JobKind::VolumeExport, "one more", |_| Ok(Report::Nothing)).unwrap_err();
         assert_eq!(refused.code, Code::Busy);
         assert_eq!(jobs.shut_down(LONG), Vec::<String>::new());
-        let refused = jobs.start(JobKind::VolumeExport, "late", |_| Ok(None)).unwrap_err();
+        let refused = jobs.start(JobKind::VolumeExport, "late", |_| Ok(Report::Nothing)).unwrap_err();
         assert_eq!(refused.code, Code::ShuttingDown);
     }
 
@@ -381,7 +399,7 @@ mod tests {
         let (go, wait) = mpsc::channel::<()>();
         let recovery = jobs.start(JobKind::VolumeRecover, "a", move |_| {
             wait.recv().ok();
-            Ok(None)
+            Ok(Report::Nothing)
         });
         let recovery = recovery.unwrap().id;
         assert_eq!(jobs.cancel(recovery).unwrap_err().code, Code::Unsupported);
@@ -409,7 +427,7 @@ mod tests {
     fn the_oldest_ended_jobs_are_forgotten() {
         let jobs = Arc::new(Jobs::default());
         for _ in 0..JOBS_KEPT_MAX + 3 {
-            let job = jobs.start(JobKind::VolumeClone, "a", |_| Ok(None)).unwrap();
+            let job = jobs.start(JobKind::VolumeClone, "a", |_| Ok(Report::Nothing)).unwrap();
             jobs.wait(job.id, LONG).unwrap();
         }
         assert_eq!(jobs.list().len(), JOBS_KEPT_MAX);

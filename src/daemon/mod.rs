@@ -228,8 +228,12 @@ fn start(
     let jobs = Arc::new(Jobs::default());
     let views = Views::new(jobs.clone());
     let (bases, host) = (Arc::new(Bases::default()), Arc::new(Host::default()));
-    let settings =
-        images::Settings { jobs_running_max: config.image_jobs.get(), ..images::Settings::default() };
+    let settings = images::Settings {
+        jobs_running_max: config.image_jobs.get(),
+        http: config.http.clone(),
+        deadline: config.image_deadline,
+        ..images::Settings::default()
+    };
     let images = Images::open(disks.image_dirs(), settings, host.clone(), runtime.clone());
     bases.0.set(images.clone());
     disks.serve(&(bases as Arc<dyn BaseSource>), || !given_up.is_cancelled());

@@ -15,6 +15,7 @@ use std::{
 use bedplate_engine::{
     device::BlockDevice,
     error::Error as Engine,
+    export::{self, qcow2},
     units::ByteLen,
     volume::{life::Origin as VolumeOrigin, record::ImageRef},
 };
@@ -25,22 +26,23 @@ use tokio::runtime::Handle;
 use super::{
     attach::Attachments,
     disks::Disks,
-    jobs::Jobs,
+    jobs::{Control, Jobs, Report},
     show,
     view::{Views, reclaim},
     volumes::{Located, Volumes},
 };
 use crate::{
     api::{
-        node::{Node, Origin, Readiness, Result},
+        node::{Node, Origin, Readiness, Result, UploadParts},
         problem::{Code, Refusal},
         types::{
-            self, CloneMethod, CloneVolume, CreateImage, CreateSnapshot, CreateVolume, Existing, Export,
-            Format, Image, Job, JobKind, NodeInfo, ResizeVolume, RevertVolume, Snapshot, Volume,
+            self, CloneMethod, CloneVolume, Compression, CreateImage, CreateSnapshot, CreateVolume, Existing,
+            Export, ExportDigests, Format, Image, Job, JobKind, NodeInfo, ResizeVolume, RevertVolume,
+            Snapshot, Volume,
         },
     },
     images::{self, ImageState, Images},
-    prep::export::{self, export_file},
+    prep::export::{Digests, Wanted, export_file},
 };
 
 /// A node that serves.
@@ -64,6 +66,8 @@ impl LocalNode {
     /// Refuse work that changes something from now on.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
+        // They hold their connections for as long as they like, and cannot go on at the next start.
+        self.images.end_uploads();
     }
 
     pub fn mount(&self) -> MutexGuard<'_, Option<Mount>> {
@@ -285,6 +289,11 @@ impl Node for LocalNode {
         Ok(self.show_image(info))
     }
 
+    fn upload_image(&self, name: &str) -> Result<UploadParts> {
+        self.admit()?;
+        Ok(self.images.upload(name)?)
+    }
+
     fn delete_image(&self, name: &str) -> Result<()> {
         self.admit()?;
         let info = self.images.get(name)?;
@@ -379,7 +388,7 @@ impl Node for LocalNode {
             };
             volumes.add(disk, &info);
             views.tidy(disk);
-            Ok(None)
+            Ok(Report::Nothing)
         })
     }
 
@@ -388,7 +397,7 @@ impl Node for LocalNode {
         let located = self.find_open(name)?;
         self.jobs.start(JobKind::VolumeFlatten, located.served.clone(), move |control| {
             located.disk.flatten(&located.name, |done, total| control.go_on(done, total))?;
-            Ok(None)
+            Ok(Report::Nothing)
         })
     }
 
@@ -397,7 +406,7 @@ impl Node for LocalNode {
         let located = self.volumes.find(name)?;
         self.check_detached(&located)?;
         self.jobs.start(JobKind::VolumeRecover, located.served.clone(), move |_| {
-            Ok(Some(show::recovered(located.disk.recover(&located.name)?)))
+            Ok(Report::Recovered(show::recovered(located.disk.recover(&located.name)?)))
         })
     }
 
@@ -459,13 +468,7 @@ impl Node for LocalNode {
 
     fn export(&self, origin: Origin, request: Export) -> Result<Job> {
         self.admit()?;
-        match request.format {
-            Format::Raw => {}
-            Format::Qcow2 => {
-                let detail = "export to qcow2 is not supported by this version; use raw";
-                return Err(Refusal::new(Code::Unsupported, detail));
-            }
-        }
+        let format = export_format(&request)?;
         let path = PathBuf::from(&request.path);
         if !path.is_absolute() {
             return Err(Refusal::new(Code::Invalid, format!("{path:?} is not an absolute path")));
@@ -484,12 +487,15 @@ impl Node for LocalNode {
         };
         // Before the view, which costs a layer.
         if existing == export::Existing::Refuse && path.symlink_metadata().is_ok() {
-            return Err(Engine::Exists { kind: "file", name: request.path }.into());
+            return Err(Engine::Exists { kind: "file", name: request.path.clone() }.into());
         }
         let device = self.view(&origin)?;
         self.jobs.start(kind, object, move |control| {
-            export_file(device.as_ref(), Path::new(&path), existing, &control.meter, &control.stop)?;
-            Ok(None)
+            let wanted = Wanted { file: request.digest_file, guest: request.digest_guest };
+            let Control { meter, stop } = control;
+            let digests = export_file(device.as_ref(), &path, existing, format, wanted, meter, stop)?;
+            let Digests { file, guest } = digests;
+            Ok(Report::Exported(ExportDigests { file_sha512: file, guest_sha512: guest }))
         })
     }
 
@@ -512,5 +518,25 @@ impl Node for LocalNode {
 
     fn wait_job(&self, id: u64, patience: Duration) -> Result<types::Job> {
         self.jobs.wait(id, patience)
+    }
+}
+
+/// What the file of an export is to be.
+fn export_format(request: &Export) -> Result<export::Format> {
+    match request.format {
+        Format::Raw if request.compress.is_some() || request.cluster_size_bytes.is_some() => {
+            let detail = "a raw file has no clusters and no compression; use the format qcow2";
+            Err(Refusal::new(Code::Invalid, detail))
+        }
+        Format::Raw => Ok(export::Format::Raw),
+        Format::Qcow2 => {
+            let cluster = request.cluster_size_bytes.map(qcow2::ClusterSize::new).transpose()?;
+            let compression = request.compress.map(|compression| match compression {
+                Compression::Zlib => qcow2::Compression::Zlib,
+                Compression::Zstd => qcow2::Compression::Zstd,
+            });
+            let cluster = cluster.unwrap_or_default();
+            Ok(export::Format::Qcow2(qcow2::Options { cluster, compression }))
+        }
     }
 }

@@ -43,12 +43,17 @@ impl From<Error> for Refusal {
 
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Refusal {
-        let code = match &failure {
+        let mut reason = &failure;
+        while let Failure::Upload(inner) = reason {
+            reason = inner;
+        }
+        let code = match reason {
             Failure::Checksum { .. } => Code::ChecksumMismatch,
             Failure::Corrupt(_) => Code::Corrupt,
-            Failure::NoSpace { .. } => Code::NoSpace,
+            Failure::NoSpace { .. } | Failure::NoSpaceForUnknown { .. } => Code::NoSpace,
             Failure::Unsupported(_) => Code::Unsupported,
-            Failure::Source(_) => Code::Source,
+            // An upload's own reason is inside.
+            Failure::Source(_) | Failure::Upload(_) => Code::Source,
             Failure::TimedOut(_) => Code::TimedOut,
             Failure::Cancelled => Code::Cancelled,
             Failure::Stopped => Code::ShuttingDown,
@@ -96,13 +101,17 @@ mod tests {
     #[test]
     fn every_failure_of_a_job_has_its_code() {
         let text = || "a".to_owned();
-        let no_space = Failure::NoSpace { path: "/d".into(), needed_bytes: 2, free_bytes: 1 };
+        let no_space =
+            Failure::NoSpace { path: "/d".into(), needed_bytes: 2, reserve_bytes: 1, free_bytes: 1 };
+        let no_end = Failure::NoSpaceForUnknown { path: "/d".into(), arrived_bytes: 1 };
         let table = [
             (Failure::Checksum { expected: text(), actual: text() }, Code::ChecksumMismatch),
             (Failure::Corrupt(text()), Code::Corrupt),
             (no_space, Code::NoSpace),
+            (no_end, Code::NoSpace),
             (Failure::Unsupported(text()), Code::Unsupported),
             (Failure::Source(text()), Code::Source),
+            (Failure::TimedOut(text()).of_upload(), Code::TimedOut),
             (Failure::TimedOut(text()), Code::TimedOut),
             (Failure::Cancelled, Code::Cancelled),
             (Failure::Stopped, Code::ShuttingDown),

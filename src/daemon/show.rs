@@ -47,7 +47,8 @@ pub fn image(info: images::ImageInfo, disk_path: impl Fn(uuid::Uuid) -> String) 
             }
         };
         let (state, progress) = (image_state(&copy.state), copy.progress.as_ref().map(progress));
-        types::Copy { disk: disk_path(copy.disk), state, progress, message, code }
+        let verification = copy.verification.as_ref().map(verification);
+        types::Copy { disk: disk_path(copy.disk), state, progress, message, code, verification }
     });
     types::Image {
         name: info.name,
@@ -63,6 +64,19 @@ pub fn image(info: images::ImageInfo, disk_path: impl Fn(uuid::Uuid) -> String) 
         source: without_query(info.source),
         copies: copies.collect(),
         created_at: info.created_at,
+    }
+}
+
+fn verification(verification: &images::Verification) -> types::Verification {
+    match verification {
+        images::Verification::Passed => {
+            types::Verification { state: types::VerificationState::Passed, message: None, code: None }
+        }
+        images::Verification::Failed(failure) => types::Verification {
+            state: types::VerificationState::Failed,
+            message: Some(failure.message.clone()),
+            code: Some(refuse::failure_code(failure.code)),
+        },
     }
 }
 

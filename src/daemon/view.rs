@@ -14,7 +14,7 @@ use bedplate_engine::{
 };
 
 use super::{
-    jobs::{Control, Jobs},
+    jobs::{Control, Jobs, Report},
     volumes::Located,
 };
 use crate::api::{
@@ -63,7 +63,7 @@ pub fn reclaim(disk: &Disk, control: &Control) -> super::jobs::Outcome {
             Code::Storage,
             "what is left is merged after the next export or deletion, or start",
         )),
-        Ok(()) | Err(_) => Ok(None),
+        Ok(()) | Err(_) => Ok(Report::Nothing),
     }
 }
 

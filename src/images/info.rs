@@ -57,7 +57,8 @@ impl Default for Settings {
 #[derive(Clone, Debug)]
 pub struct CreateImage {
     pub name: String,
-    /// An absolute path, an http(s) URL, `volume:NAME[@SNAPSHOT]` or `image:NAME`.
+    /// An absolute path, an http(s) URL, `volume:NAME[@SNAPSHOT]`, `image:NAME`, or `upload` for
+    /// [`super::Images::upload`].
     pub from: String,
     /// SHA-512 as 128 hexadecimal digits (also `sha512:HEX`), or `sha256:HEX`.
     pub checksum: Option<String>,
@@ -80,6 +81,15 @@ pub enum ImageState {
     Unknown(String),
 }
 
+/// How reading a copy back from the medium ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verification {
+    /// The bytes are the ones that were verified before.
+    Passed,
+    /// They are not, or it ended before that was known; which of the two, the code says.
+    Failed(FailureRecord),
+}
+
 /// An image's file on one disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CopyInfo {
@@ -88,6 +98,8 @@ pub struct CopyInfo {
     pub state: ImageState,
     /// While a job is at it.
     pub progress: Option<Progress>,
+    /// How the last verification ended; unknown while one runs, and until the first since the node started.
+    pub verification: Option<Verification>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -10,7 +10,7 @@ use bedplate_engine::error::Error as Storage;
 use uuid::Uuid;
 
 use super::{
-    info::Error,
+    info::{Error, Verification},
     origin::From as Origin,
     service::Service,
     table::{Job, JobKind},
@@ -35,7 +35,8 @@ use crate::{
     },
 };
 
-const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+/// The names of what is kept of an arrival.
+pub(super) const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
 
 /// What a job does.
 pub(super) enum Work {
@@ -61,13 +62,19 @@ impl Service {
             let limit = asked.map_or(self.settings.deadline, Duration::from_secs);
             let job = Job { kind, meter: Arc::new(Meter::default()), stop: Arc::new(Stop::after(limit)) };
             image.job = Some(job.clone());
+            image.verification = None;
             job
         };
         let service = self.clone();
+        // An upload's sender is here now; how many there are is bounded by UPLOADS_MAX.
+        let turns = (!matches!(work, Work::Arrival(Origin::Upload(_)))).then(|| self.turns.clone());
         self.runtime.spawn(async move {
-            let turn = tokio::select! {
-                turn = service.turns.clone().acquire_owned() => turn.ok(),
-                () = job.stop.fired() => None,
+            let turn = match turns {
+                Some(turns) => tokio::select! {
+                    turn = turns.acquire_owned() => turn.ok(),
+                    () = job.stop.fired() => None,
+                },
+                None => None,
             };
             let (worker, its_job) = (service.clone(), job.clone());
             let work = tokio::task::spawn_blocking(move || {
@@ -150,6 +157,11 @@ impl Service {
                 arrive(&spec, &mut DeviceSource::new(view))
             }
             Origin::Image(name) => self.fetch_image(spec, &name),
+            Origin::Upload(Some(mut source)) => arrive(&spec, &mut source).map_err(Failure::of_upload),
+            Origin::Upload(None) => {
+                Err(Failure::Source("the node was restarted before the upload was whole".to_owned())
+                    .of_upload())
+            }
         }
     }
 
@@ -184,6 +196,11 @@ impl Service {
         let before = record.state.clone();
         let discard = outcome.as_ref().err().is_some_and(|failure| !failure.keeps_partial());
         let mut doubt = None;
+        let verification = match (job.kind, &outcome) {
+            (JobKind::Arrival, _) => None,
+            (JobKind::Verification, Ok(_)) => Some(Verification::Passed),
+            (JobKind::Verification, Err(failure)) => Some(Verification::Failed(failure_record(failure))),
+        };
         match (outcome, job.kind) {
             (Ok(published), kind) => {
                 let size_bytes = published.stamp.size_bytes;
@@ -224,6 +241,8 @@ impl Service {
             image.record = record;
             image.doubt = doubt;
             image.job = None;
+            image.upload = None;
+            image.verification = verification;
         }
         drop(table);
         self.notify();
@@ -255,16 +274,22 @@ fn verification(record: &ImageRecord, dir: &ImageDir, job: &Job) -> Result<Publi
 }
 
 fn failure_record(failure: &Failure) -> FailureRecord {
-    let code = match failure {
+    FailureRecord { code: failure_code(failure), message: failure.to_string() }
+}
+
+fn failure_code(failure: &Failure) -> FailureCode {
+    match failure {
         Failure::Checksum { .. } => FailureCode::Checksum,
         Failure::Corrupt(_) | Failure::Storage(Storage::Corrupt { .. }) => FailureCode::Corrupt,
-        Failure::NoSpace { .. } | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
+        Failure::NoSpace { .. }
+        | Failure::NoSpaceForUnknown { .. }
+        | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
         Failure::Unsupported(_) => FailureCode::Unsupported,
         // A stopped job is not recorded as failed.
         Failure::Source(_) | Failure::Stopped => FailureCode::Source,
         Failure::TimedOut(_) => FailureCode::TimedOut,
         Failure::Cancelled => FailureCode::Cancelled,
         Failure::Storage(_) => FailureCode::Storage,
-    };
-    FailureRecord { code, message: failure.to_string() }
+        Failure::Upload(reason) => failure_code(reason),
+    }
 }

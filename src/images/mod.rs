@@ -31,7 +31,11 @@ use crate::{
         record::{ImageRecord, RecordState},
         store::ImageStore,
     },
-    prep::checksum::Expected,
+    prep::{
+        checksum::Expected,
+        partial::Kept,
+        source::upload::{Parts, UploadSource},
+    },
 };
 pub use crate::{
     catalog::{
@@ -43,13 +47,15 @@ pub use crate::{
         source::http::HttpSettings,
     },
 };
-pub use info::{BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings};
-use job::Work;
+pub use info::{
+    BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification,
+};
+use job::{NAMES, Work};
 use origin::From as Origin;
 pub use remove::ImageHold;
 use service::Service;
 use table::{Described, Entry, Image, JobKind};
-pub use table::{IMAGES_MAX, JOBS_MAX};
+pub use table::{IMAGES_MAX, JOBS_MAX, UPLOADS_MAX};
 
 /// The service; cheap to clone. Methods that are not `async` block for a few small disk operations, and those that wait
 /// for a job to end, say so: call them where blocking is allowed.
@@ -64,13 +70,13 @@ impl Images {
     }
 
     /// Begin an image; returns with the image *pending*. Creating one again that failed, from the same source, goes on
-    /// with what is kept of it.
+    /// with what is kept of it, if the source proves that it still serves the same.
     pub fn create(&self, request: &CreateImage) -> Result<ImageInfo> {
         let bad_name = |reason| Error::Name { name: request.name.clone(), reason };
         let name = ImageName::parse(&request.name).map_err(bad_name)?;
         let expected =
             request.checksum.as_deref().map(Expected::parse).transpose().map_err(Error::Invalid)?;
-        let origin = Origin::parse(&request.from).map_err(Error::Invalid)?;
+        let mut origin = Origin::parse(&request.from).map_err(Error::Invalid)?;
         self.check_origin(&origin)?;
         let service = &self.0;
         let _naming = service.naming.lock().unwrap_or_else(PoisonError::into_inner);
@@ -86,6 +92,8 @@ impl Images {
         };
         let (dir, store) = match failed {
             Some((_, dir, store)) => {
+                // What is kept may be old; whoever asks now wants what the source has now.
+                Kept::demand_proof(dir.directory(), NAMES)?;
                 dir.write_record(&record)?;
                 (dir, store)
             }
@@ -96,10 +104,27 @@ impl Images {
         };
         let uuid = record.uuid;
         let name = record.name.to_string();
-        let image = Image { record, dir, store, doubt: None, job: None, deleting: false, holds: Vec::new() };
+        let mut image = Image::new(record, dir, store);
+        if let Origin::Upload(source) = &mut origin {
+            let (parts, queue) = UploadSource::new(service.runtime.clone());
+            (image.upload, *source) = (Some(parts), Some(queue));
+        }
         service.lock().entries.insert(name.clone(), Entry::Image(Box::new(image)));
         service.start(uuid, Work::Arrival(origin));
         self.get(&name)
+    }
+
+    /// Where the bytes of an image go that was created to be uploaded. There is one sender, once.
+    pub fn upload(&self, name: &str) -> Result<Parts> {
+        let mut table = self.0.lock();
+        let (name, image) = table.image_mut(name)?;
+        let state = "not waiting for an upload; create it with the source \"upload\" first".to_owned();
+        image.upload.take().ok_or(Error::NotReady { name, state })
+    }
+
+    /// End all uploads: the node goes down, and they cannot go on later.
+    pub fn end_uploads(&self) {
+        self.0.lock().uploads().for_each(|job| job.stop.stop());
     }
 
     pub fn list(&self) -> Vec<ImageInfo> {
@@ -247,7 +272,10 @@ impl Images {
                 let (name, image) = table.image(name)?;
                 image.ready(name).map(|_| ())
             }
-            Origin::Http(_) | Origin::Volume { .. } => Ok(()),
+            Origin::Upload(_) if self.0.lock().uploads().count() >= UPLOADS_MAX => {
+                Err(Error::Busy("UPLOADS_MAX"))
+            }
+            Origin::Upload(_) | Origin::Http(_) | Origin::Volume { .. } => Ok(()),
         }
     }
 

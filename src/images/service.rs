@@ -18,8 +18,8 @@ use uuid::Uuid;
 
 use super::{
     info::{Error, Host, Result, Settings},
-    job::Work,
-    origin::From as Origin,
+    job::{NAMES, Work},
+    origin::{From as Origin, UPLOAD},
     table::{Entry, Image, Table},
 };
 use crate::{
@@ -28,6 +28,7 @@ use crate::{
         store::{DiskDir, Found, ImageDir, ImageStore, stamp},
     },
     directory::Open,
+    prep::partial::Kept,
 };
 
 pub(super) struct Service {
@@ -108,15 +109,16 @@ impl Service {
                     }
                     clear(&name, &dir);
                 }
+                RecordState::Failed { published: None, .. } if record.source == UPLOAD => clear(&name, &dir),
                 RecordState::Failed { failure, .. } => match failure.code {
                     FailureCode::Checksum
                     | FailureCode::Corrupt
                     | FailureCode::Unsupported
                     | FailureCode::Cancelled => clear(&name, &dir),
-                    FailureCode::NoSpace
-                    | FailureCode::Source
-                    | FailureCode::TimedOut
-                    | FailureCode::Storage => {}
+                    // Of a source that never said how much there is, nothing is kept: see `Failure::keeps_partial`.
+                    FailureCode::NoSpace if knows_its_length(&dir) => {}
+                    FailureCode::NoSpace => clear(&name, &dir),
+                    FailureCode::Source | FailureCode::TimedOut | FailureCode::Storage => {}
                 },
             }
         }
@@ -215,6 +217,11 @@ fn differs(dir: &ImageDir, published: &Published) -> Option<String> {
     }
 }
 
+/// Whether what is kept of an arrival is of a source that said how long it is.
+fn knows_its_length(dir: &ImageDir) -> bool {
+    Kept::load(dir.directory(), NAMES).is_some_and(|kept| kept.total.is_some())
+}
+
 fn clear(name: &str, dir: &ImageDir) {
     if let Err(error) = dir.discard_partial() {
         tracing::warn!(image = name, %error, "what an arrival left behind is not cleared away");
@@ -226,15 +233,7 @@ fn enter(table: &mut Table, store: &ImageStore, found: Found) {
         Found::Image(record, dir) => {
             let name = record.name.to_string();
             let uuid8: String = record.uuid.simple().to_string().chars().take(8).collect();
-            let image = Image {
-                record,
-                dir,
-                store: store.clone(),
-                doubt: None,
-                job: None,
-                deleting: false,
-                holds: Vec::new(),
-            };
+            let image = Image::new(record, dir, store.clone());
             table.insert(&name, &uuid8, Entry::Image(Box::new(image)));
         }
         Found::Unreadable { directory, path, error } => {

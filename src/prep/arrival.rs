@@ -19,13 +19,14 @@ use bedplate_engine::error::Error as Storage;
 use super::{
     checksum::{Expected, Hasher, Sums},
     failure::{Failure, Result},
-    partial::{Kept, PartialNames},
+    partial::{Kept, PartialNames, Proof},
     pipeline::{
         MIDSTATES_QUEUED_MAX, Mark, PIECES_QUEUED_MAX, Piece, SYNCS_QUEUED_MAX, Target, hash_pieces,
         keep_synced, write_pieces,
     },
     probe::{Content, PROBE_LEN, probe},
     progress::{Meter, Phase},
+    room::check_fits,
     source::{Source, Validator},
     stop::Stop,
 };
@@ -35,8 +36,6 @@ use crate::directory::{Directory, Open};
 const PIECE_LEN: u64 = 1 << 20;
 /// Zeros that travel as one piece.
 const ZEROS_LEN_MAX: u64 = 64 << 20;
-/// Left free on the disk, so that records can still be written.
-const SPACE_RESERVE_BYTES: u64 = 4 << 20;
 
 /// What is to arrive, and where.
 #[derive(Debug)]
@@ -111,8 +110,8 @@ pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
     spec.stop.check()?;
     file.set_len(size_bytes).map_err(|e| Storage::io("truncate", &path, e))?;
     file.sync_all().map_err(|e| Storage::io("sync", &path, e))?;
-    let total = Some(size_bytes);
-    Kept { position: size_bytes, total, complete: true, validator, midstate }.store(&spec.dir, spec.names)?;
+    let (position, total, complete, proof) = (size_bytes, Some(size_bytes), true, Proof::NotNeeded);
+    Kept { position, total, complete, validator, proof, midstate }.store(&spec.dir, spec.names)?;
     let content = probe_file(&file, &path)?;
     Ok(Arrived { file, size_bytes, sums, content })
 }
@@ -159,7 +158,7 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
     let (kept, hasher) = pick_up(spec, target)?;
     let start = kept.as_ref().map_or(0, |kept| kept.position);
     spec.meter.begin(Phase::Connecting, start, kept.as_ref().and_then(|kept| kept.total));
-    if let Some(Kept { validator, complete: true, .. }) = kept {
+    if let Some(Kept { validator, complete: true, proof: Proof::NotNeeded, .. }) = kept {
         return Ok(Pass { hasher, size_bytes: start, validator, parts: Parts::Proven });
     }
     let (to_hash, hash_queue) = sync_channel(PIECES_QUEUED_MAX);
@@ -174,7 +173,8 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
 
         let mut arrival = Arrival::new(spec, to_hash, to_write, kept);
         let outcome = source.transfer(&mut arrival).and_then(|()| arrival.finish());
-        let (size_bytes, validator, parts) = (arrival.position(), arrival.validator.clone(), arrival.parts);
+        let (size_bytes, total) = (arrival.position(), arrival.total);
+        let (validator, parts) = (arrival.validator.clone(), arrival.parts);
         if outcome.as_ref().err().is_some_and(Failure::keeps_partial) {
             // What came last is worth a sync; if that fails, less is kept and the first reason stays.
             drop(arrival.mark());
@@ -184,9 +184,13 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
         let hasher = hashing.join();
         spec.meter.enter(Phase::Syncing);
         // A disk that refuses is why the source could not deliver, so its word comes first.
-        joined(writing.join())?;
-        joined(syncing.join())?;
-        outcome?;
+        let written = joined(writing.join()).and(joined(syncing.join().map(|synced| Ok(synced?))));
+        written.and(outcome).map_err(|failure| match failure {
+            Failure::NoSpace { .. } | Failure::Storage(Storage::NoSpace { .. }) if total.is_none() => {
+                Failure::NoSpaceForUnknown { path: spec.dir.path().to_owned(), arrived_bytes: size_bytes }
+            }
+            other => other,
+        })?;
         match hasher {
             Ok(hasher) => Ok(Pass { hasher, size_bytes, validator, parts }),
             Err(_) => Err(Failure::Source("the hashing thread ended unexpectedly".to_owned())),
@@ -194,11 +198,13 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
     })
 }
 
-fn joined(result: std::thread::Result<Result<(), Storage>>) -> Result<()> {
-    match result {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Failure::Source("a writing thread ended unexpectedly".to_owned())),
-    }
+fn joined(result: std::thread::Result<Result<()>>) -> Result<()> {
+    result.unwrap_or_else(|_| Err(Failure::Source("a writing thread ended unexpectedly".to_owned())))
+}
+
+/// A queue is closed: its thread has failed, and its own error is the one that is reported.
+fn closed() -> Failure {
+    Failure::Source("the disk does not take the bytes".to_owned())
 }
 
 fn probe_file(file: &File, path: &Path) -> Result<Content> {
@@ -220,6 +226,7 @@ pub struct Arrival<'a> {
     total: Option<u64>,
     validator: Validator,
     parts: Parts,
+    proof: Proof,
     marked: u64,
     marked_at: Instant,
     probed: bool,
@@ -232,9 +239,9 @@ impl<'a> Arrival<'a> {
         to_write: SyncSender<Piece>,
         kept: Option<Kept>,
     ) -> Self {
-        let (sent, total, validator) = match kept {
-            Some(kept) => (kept.position, kept.total, kept.validator),
-            None => (0, None, Validator::None),
+        let (sent, total, validator, proof) = match kept {
+            Some(kept) => (kept.position, kept.total, kept.validator, kept.proof),
+            None => (0, None, Validator::None, Proof::NotNeeded),
         };
         Arrival {
             spec,
@@ -245,6 +252,7 @@ impl<'a> Arrival<'a> {
             total,
             validator,
             parts: Parts::Proven,
+            proof,
             marked: sent,
             marked_at: Instant::now(),
             probed: sent > 0,
@@ -264,6 +272,16 @@ impl<'a> Arrival<'a> {
     /// What the bytes before [`Arrival::position`] were said to belong to.
     pub fn validator(&self) -> &Validator {
         &self.validator
+    }
+
+    /// Whether the source must prove that it still serves what was kept, or else [restart](Arrival::restart).
+    pub fn proof(&self) -> Proof {
+        self.proof
+    }
+
+    /// The source serves what [`Arrival::validator`] is of.
+    pub fn proven(&mut self) {
+        self.proof = Proof::NotNeeded;
     }
 
     pub fn expected(&self) -> Option<&Expected> {
@@ -288,14 +306,9 @@ impl<'a> Arrival<'a> {
             self.check_size(total)?;
         }
         let left = total.map_or(0, |total| total.saturating_sub(self.position()));
-        let needed_bytes = needed_bytes.unwrap_or(left).saturating_add(SPACE_RESERVE_BYTES);
-        let free_bytes = self.spec.dir.free_bytes()?;
-        if needed_bytes > free_bytes {
-            let path = self.spec.dir.path().to_owned();
-            return Err(Failure::NoSpace { path, needed_bytes, free_bytes });
-        }
         self.total = total;
         self.validator = validator;
+        check_fits(&self.spec.dir, needed_bytes.unwrap_or(left))?;
         self.spec.meter.begin(Phase::Transferring, self.position(), total);
         Ok(())
     }
@@ -343,13 +356,17 @@ impl<'a> Arrival<'a> {
         Ok(())
     }
 
-    /// Everything that has arrived belongs to something else: begin at byte 0.
+    /// Everything that has arrived belongs to something else: begin at byte 0. On return it takes no space any more.
     pub fn restart(&mut self) -> Result<()> {
         self.buffer.clear();
         (self.sent, self.marked, self.probed) = (0, 0, false);
         (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
+        self.proof = Proof::NotNeeded;
         self.spec.meter.begin(Phase::Connecting, 0, None);
-        self.send(Piece::Restart)
+        let (done, emptied) = sync_channel(1);
+        self.send(Piece::Restart(done))?;
+        // Both threads let go of it, also when they fail, so that this ends.
+        emptied.recv().map_err(|_| closed())
     }
 
     /// Have everything up to here made durable and kept; does not wait for it.
@@ -403,8 +420,6 @@ impl<'a> Arrival<'a> {
     }
 
     fn send(&self, piece: Piece) -> Result<()> {
-        // A closed queue: its thread has failed, and its own error is the one that is reported.
-        let closed = || Failure::Source("the disk does not take the bytes".to_owned());
         self.to_hash.send(piece.clone()).map_err(|_| closed())?;
         self.to_write.send(piece).map_err(|_| closed())
     }

@@ -18,9 +18,14 @@ pub enum Failure {
     /// Bytes on this disk are not what they were.
     #[error("corrupt: {0}")]
     Corrupt(String),
-    /// Known before the first byte was written, or found out in the middle.
-    #[error("not enough space on {}: {needed_bytes} bytes are needed, {free_bytes} are free", path.display())]
-    NoSpace { path: PathBuf, needed_bytes: u64, free_bytes: u64 },
+    /// Known before the first byte was written, or found out in the middle (then 0 bytes are needed: any are too many).
+    #[error("not enough space on {}: {needed_bytes} bytes are needed and {reserve_bytes} are left free for volumes, \
+             {free_bytes} are free", path.display())]
+    NoSpace { path: PathBuf, needed_bytes: u64, reserve_bytes: u64, free_bytes: u64 },
+    /// The disk is full, and nobody knows how much more would have come.
+    #[error("not enough space on {}: {arrived_bytes} bytes had come from a source that does not say how many there \
+             are; they are removed again", path.display())]
+    NoSpaceForUnknown { path: PathBuf, arrived_bytes: u64 },
     /// Sound, but not something that this version takes in.
     #[error("{0}")]
     Unsupported(String),
@@ -30,6 +35,9 @@ pub enum Failure {
     /// A bound in time has passed.
     #[error("timed out: {0}")]
     TimedOut(String),
+    /// An upload ended before its last byte was durable. Nobody can be asked for the rest.
+    #[error("{0}; nothing of an upload is kept, send it again")]
+    Upload(Box<Failure>),
     /// Somebody cancelled the job.
     #[error("cancelled")]
     Cancelled,
@@ -42,12 +50,21 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// The same for an upload, of which nothing is kept.
+    pub fn of_upload(self) -> Failure {
+        if self.keeps_partial() { Failure::Upload(Box::new(self)) } else { self }
+    }
+
     /// Whether what has arrived is worth keeping for another try: not when it is known to be wrong or unwanted.
     pub fn keeps_partial(&self) -> bool {
         match self {
-            Failure::Checksum { .. } | Failure::Corrupt(_) | Failure::Unsupported(_) | Failure::Cancelled => {
-                false
-            }
+            // What fills a disk and may never end would leave no room for the volumes on it.
+            Failure::Checksum { .. }
+            | Failure::Corrupt(_)
+            | Failure::NoSpaceForUnknown { .. }
+            | Failure::Unsupported(_)
+            | Failure::Upload(_)
+            | Failure::Cancelled => false,
             Failure::NoSpace { .. }
             | Failure::Source(_)
             | Failure::TimedOut(_)

@@ -14,9 +14,9 @@ pub mod partial;
 mod pipeline;
 pub mod probe;
 pub mod progress;
+pub mod room;
 pub mod source;
 pub mod stop;
 #[cfg(test)]
 pub mod testing;
 pub mod verify;
-mod write;

@@ -25,6 +25,23 @@ pub struct PartialNames {
     pub record: &'static str,
 }
 
+/// Whether what is kept may be used as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proof {
+    /// The arrival goes on that it is of.
+    #[default]
+    NotNeeded,
+    /// Somebody asked for the image anew: the source may serve other bytes by now, and has to show that it does not.
+    Needed,
+}
+
+impl Proof {
+    fn is_not_needed(&self) -> bool {
+        *self == Proof::NotNeeded
+    }
+}
+
 /// So much is durable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,6 +53,8 @@ pub struct Kept {
     /// Everything has arrived.
     pub complete: bool,
     pub validator: Validator,
+    #[serde(default, skip_serializing_if = "Proof::is_not_needed")]
+    pub proof: Proof,
     /// The hash of those bytes so far.
     pub midstate: Midstate,
 }
@@ -82,6 +101,17 @@ impl Kept {
         dir.replace(names.record, &self.to_json())
     }
 
+    /// Have the next arrival use what is kept only if its source proves that it still serves the same; durable on
+    /// return. Without a strong validator it cannot, so that then nothing is kept.
+    pub fn demand_proof(dir: &Directory, names: PartialNames) -> Result<()> {
+        match Kept::load(dir, names) {
+            Some(kept) if kept.validator != Validator::None => {
+                Kept { proof: Proof::Needed, ..kept }.store(dir, names)
+            }
+            Some(_) | None => Kept::forget(dir, names),
+        }
+    }
+
     /// Forget what was kept; durable on return.
     pub fn forget(dir: &Directory, names: PartialNames) -> Result<()> {
         dir.remove_file(names.record)?;
@@ -117,6 +147,7 @@ mod tests {
         let golden = format!(r#"{{"format_version":1,"kept":{kept},"check":"{check}"}}"#);
         let read = Kept::parse(golden.as_bytes()).unwrap();
         assert_eq!((read.position, read.total, read.complete), (4096, None, false));
+        assert_eq!(read.proof, Proof::NotNeeded);
         assert!(matches!(
             read.validator,
             Validator::File { device: 1, inode: 2, size_bytes: 3, mtime_ns: 4 }
@@ -131,6 +162,7 @@ mod tests {
             total: Some(8192),
             complete: false,
             validator: Validator::Etag("\"abc\"".to_owned()),
+            proof: Proof::Needed,
             midstate: Hasher::new(None).midstate(),
         };
         let json = kept.to_json();

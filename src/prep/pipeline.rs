@@ -14,13 +14,17 @@ use std::{
     },
 };
 
-use bedplate_engine::error::{Error, Result};
+use bedplate_engine::{
+    error::{Error, Result},
+    sparse::write_sparse,
+};
 
 use super::{
     checksum::{Expected, Hasher, Midstate},
-    partial::{Kept, PartialNames},
+    failure::Failure,
+    partial::{Kept, PartialNames, Proof},
+    room::check_reserve,
     source::Validator,
-    write::write_sparse,
 };
 use crate::directory::Directory;
 
@@ -38,8 +42,8 @@ pub(super) enum Piece {
     /// So many zeros, which were never bytes.
     Zeros(u64),
     Mark(Mark),
-    /// Everything so far was for nothing.
-    Restart,
+    /// Everything so far was for nothing. The writer answers when the file is empty and its space free again.
+    Restart(SyncSender<()>),
 }
 
 /// A place in the arrival where its state is worth keeping.
@@ -80,7 +84,7 @@ pub(super) fn hash_pieces(
             Piece::Zeros(len) => hasher.zeros(len),
             // When nobody takes it, the syncing thread has failed and says so itself.
             Piece::Mark(_) => drop(midstates.send(hasher.midstate())),
-            Piece::Restart => hasher = Hasher::new(expected),
+            Piece::Restart(_) => hasher = Hasher::new(expected),
         }
     }
     hasher
@@ -92,10 +96,11 @@ pub(super) fn write_pieces(
     syncs: &SyncSender<SyncTask>,
     target: Target<'_>,
     mut position: u64,
-) -> Result<()> {
+) -> Result<(), Failure> {
     for piece in pieces {
         match piece {
             Piece::Data(bytes) => {
+                check_reserve(target.dir)?;
                 write_sparse(target.file, &bytes, position)
                     .map_err(|e| Error::io("write", target.path, e))?;
                 position += bytes.len() as u64;
@@ -108,7 +113,7 @@ pub(super) fn write_pieces(
                     return Ok(());
                 }
             }
-            Piece::Restart => {
+            Piece::Restart(emptied) => {
                 // The record goes first: it must not vouch for bytes that are being replaced.
                 let (done, forgotten) = std::sync::mpsc::sync_channel(1);
                 if syncs.send(SyncTask::Forget(done)).is_err() || forgotten.recv().is_err() {
@@ -116,6 +121,8 @@ pub(super) fn write_pieces(
                 }
                 target.file.set_len(0).map_err(|e| Error::io("truncate", target.path, e))?;
                 position = 0;
+                // The source waits for this, unless it is gone.
+                let _ = emptied.send(());
             }
         }
     }
@@ -136,7 +143,8 @@ pub(super) fn keep_synced(
                 let Ok(midstate) = midstates.recv() else { return Ok(()) };
                 target.file.sync_data().map_err(|e| Error::io("sync", target.path, e))?;
                 let Mark { position, total, validator } = mark;
-                Kept { position, total, complete: false, validator, midstate }
+                let (complete, proof) = (false, Proof::NotNeeded);
+                Kept { position, total, complete, validator, proof, midstate }
                     .store(target.dir, target.names)?;
             }
             SyncTask::Forget(done) => {

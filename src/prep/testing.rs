@@ -6,7 +6,7 @@ use bedplate_engine::{
     units::{ByteLen, ByteRange, to_usize},
 };
 
-use super::write::is_zero;
+use bedplate_engine::sparse::is_zero;
 
 /// The longest run that it gives.
 const RUN_LEN_MAX: u64 = 1 << 20;

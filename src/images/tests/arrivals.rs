@@ -9,7 +9,16 @@ use super::{
     origin::{Answer, Origin, Pace},
     *,
 };
-use crate::prep::testing::MemoryDevice;
+use crate::{
+    catalog::store::{PARTIAL_DATA, PARTIAL_RECORD},
+    directory::Directory,
+    prep::{
+        checksum::Hasher,
+        partial::{Kept, PartialNames, Proof},
+        source::Validator,
+        testing::MemoryDevice,
+    },
+};
 
 /// A file with a hole, data, a hole and an odd end.
 fn sparse_file(dir: &Path) -> (PathBuf, Vec<u8>) {
@@ -159,14 +168,16 @@ fn of_two_that_want_one_name_one_gets_it() {
     assert_eq!(std::fs::read_dir(node.disk.join("images")).unwrap().count(), 1);
 }
 
-fn stalling() -> Origin {
+/// Falls silent in the middle.
+pub fn stalling() -> Origin {
     let content = noise(4 << 20, 32);
     Origin::start(move |asked| Answer::file(asked, &content, "\"v1\"").cut(2 << 20).paced(Pace::Stall))
 }
 
-fn begun(node: &Node, origin: &Origin) {
-    node.create("a", &origin.url("/a"), None).unwrap();
-    node.until("a", "the first byte", |info| {
+/// A download whose first bytes are here.
+pub fn begun(node: &Node, origin: &Origin, name: &str) {
+    node.create(name, &origin.url("/a"), None).unwrap();
+    node.until(name, "the first byte", |info| {
         info.copies[0].progress.as_ref().is_some_and(|p| p.done_bytes > 0)
     });
 }
@@ -174,7 +185,7 @@ fn begun(node: &Node, origin: &Origin) {
 #[test]
 fn a_cancelled_job_fails_as_cancelled_and_leaves_no_bytes() {
     let (node, origin) = (Node::new(), stalling());
-    begun(&node, &origin);
+    begun(&node, &origin, "a");
     let info = node.cancel("a").unwrap();
     assert!(matches!(info.state, ImageState::Failed(f) if f.code == FailureCode::Cancelled));
     assert_eq!(info.allocated_bytes, 0);
@@ -189,7 +200,7 @@ fn a_cancelled_job_fails_as_cancelled_and_leaves_no_bytes() {
 #[test]
 fn deleting_an_image_in_progress_cancels_it_and_frees_its_name() {
     let (node, origin) = (Node::new(), stalling());
-    begun(&node, &origin);
+    begun(&node, &origin, "a");
     node.delete("a").unwrap();
     assert!(matches!(node.images.get("a"), Err(Error::NotFound(_))));
     assert_eq!(std::fs::read_dir(node.disk.join("images")).unwrap().count(), 0);
@@ -213,6 +224,79 @@ fn what_is_kept_of_a_failed_download_is_used_when_it_is_created_again() {
     node.bring("a", &origin.url("/a")).unwrap();
     assert_eq!(origin.seen()[before].0.first(), 2 << 20);
     assert!(node.content("a") == content);
+}
+
+/// An image of which everything had arrived when its job failed, as the disk may refuse its last record. Its origin now
+/// gives `now` with this tag.
+fn failed_at_the_last_step(
+    content: &[u8],
+    kept: Validator,
+    now: &[u8],
+    etag: &'static str,
+) -> (Node, Origin) {
+    let (first, second) = (content.to_vec(), now.to_vec());
+    let origin = Origin::start(move |asked| match asked.index {
+        0 => Answer::file(asked, &first, "\"v1\""),
+        _ => Answer::file(asked, &second, etag),
+    });
+    let node = Node::new();
+    node.bring("a", &origin.url("/a")).unwrap();
+    let dir = node.image_dir("a");
+    let mut record = ImageRecord::parse(&std::fs::read(dir.join("image.json")).unwrap(), &dir).unwrap();
+    let failure = FailureRecord { code: FailureCode::Storage, message: "refused".to_owned() };
+    record.state = RecordState::Failed { failure, published: None };
+    std::fs::rename(dir.join("image"), dir.join(PARTIAL_DATA)).unwrap();
+    let held = Directory::open(&dir).unwrap();
+    held.replace("image.json", &record.to_json()).unwrap();
+    let mut hasher = Hasher::new(None);
+    hasher.update(content);
+    let names = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+    let kept = Kept {
+        position: content.len() as u64,
+        total: Some(content.len() as u64),
+        complete: true,
+        validator: kept,
+        proof: Proof::NotNeeded,
+        midstate: hasher.midstate(),
+    };
+    kept.store(&held, names).unwrap();
+    (node.restart(), origin)
+}
+
+#[test]
+fn what_is_kept_is_used_again_when_the_origin_proves_that_it_is_the_same() {
+    let content = noise(1 << 20, 35);
+    let etag = Validator::Etag("\"v1\"".to_owned());
+    let (node, origin) = failed_at_the_last_step(&content, etag, &content, "\"v1\"");
+    node.bring("a", &origin.url("/a")).unwrap();
+    assert!(node.content("a") == content);
+    let (asked, sent) = origin.seen()[1].clone();
+    assert_eq!((origin.seen().len(), asked.first(), sent), (2, content.len() - 1, 1));
+}
+
+#[test]
+fn what_is_kept_is_not_taken_for_what_the_origin_has_now() {
+    let (old, new) = (noise(1 << 20, 36), noise(1 << 20, 37));
+    let etag = || Validator::Etag("\"v1\"".to_owned());
+    for (kept, now) in [(etag(), "\"v2\""), (Validator::None, "\"v1\"")] {
+        let (node, origin) = failed_at_the_last_step(&old, kept, &new, now);
+        let info = node.bring("a", &origin.url("/a")).unwrap();
+        assert_eq!(info.sha512, Some(sha512(&new)));
+        assert!(node.content("a") == new);
+    }
+}
+
+#[test]
+fn the_proof_is_still_asked_for_when_the_node_restarts_before_it_came() {
+    let (old, new) = (noise(1 << 20, 38), noise(1 << 20, 39));
+    let (node, origin) = failed_at_the_last_step(&old, Validator::Etag("\"v1\"".to_owned()), &new, "\"v2\"");
+    let url = origin.url("/a");
+    // No turn is free, so that the node goes down before anybody has asked.
+    let turns = node.runtime.block_on(node.images.0.turns.clone().acquire_many_owned(4)).unwrap();
+    node.create("a", &url, None).unwrap();
+    let node = node.restart();
+    drop(turns);
+    assert_eq!(node.wait("a").unwrap().sha512, Some(sha512(&new)));
 }
 
 #[test]

@@ -1,11 +1,26 @@
 //! What the disk does: it fills up, its bytes change, its records are not ours.
 
-use std::{os::unix::fs::FileExt, process::Command};
+use std::{
+    os::unix::fs::{FileExt, MetadataExt},
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use super::{
-    arrivals::damage_quietly,
+    arrivals::{begun, damage_quietly, stalling},
     origin::{Answer, Origin},
     *,
+};
+use crate::{
+    directory::Directory,
+    prep::{
+        arrival::{Spec, arrive},
+        checksum::Hasher,
+        partial::{Kept, PartialNames, Proof},
+        room::reserve_bytes,
+        source::{Validator, file::FileSource},
+        stop::Stop,
+    },
 };
 
 /// A file system of its own, unmounted at the end.
@@ -76,15 +91,17 @@ fn room_is_checked_before_the_first_byte() {
 
 #[test]
 fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_there_is_room() {
-    let disk = SmallDisk::tmpfs("16m");
+    let disk = SmallDisk::tmpfs("32m");
     let ballast = disk.path().join("ballast");
-    std::fs::write(&ballast, vec![1; 8 << 20]).unwrap();
     let content = noise(10 << 20, 42);
-    let body = content.clone();
-    // No length is said, so that nothing can be checked ahead.
-    let origin = Origin::start(move |asked| match asked.first() {
-        0 => Answer::chunked(&body, "etag: \"v1\"\r\n", None),
-        first => Answer::part(&body, first, "etag: \"v1\"\r\n"),
+    let (body, other) = (content.clone(), ballast.clone());
+    let origin = Origin::start(move |asked| {
+        if asked.index == 1 {
+            // Somebody else fills the disk between two attempts.
+            std::fs::write(&other, vec![1; 15 << 20]).unwrap();
+        }
+        let answer = Answer::file(asked, &body, "\"v1\"");
+        if asked.index == 0 { answer.cut(4 << 20) } else { answer }
     });
     let node = Node::over(disk.path(), settings());
     let failed = failure(node.bring("a", &origin.url("/a")));
@@ -95,19 +112,118 @@ fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_the
     std::fs::remove_file(ballast).unwrap();
     node.bring("a", &origin.url("/a")).unwrap();
     assert!(node.content("a") == content);
-    assert!(origin.seen()[1].0.first() >= 1 << 20);
+    assert!(origin.seen()[2].0.first() >= 1 << 20);
     node.delete("a").unwrap();
 }
 
 #[test]
-fn a_cancel_clears_what_a_failed_job_has_kept() {
-    let disk = SmallDisk::tmpfs("8m");
-    let body = noise(10 << 20, 43);
+fn a_source_without_an_end_stops_before_the_disk_is_full_and_leaves_nothing() {
+    let disk = SmallDisk::tmpfs("64m");
+    let body = noise(100 << 20, 43);
+    let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
+    let node = Node::over(disk.path(), settings());
+    let held = DiskDir::open(Uuid::nil(), disk.path()).unwrap();
+    let before = held.free_bytes().unwrap();
+    node.create("a", &origin.url("/a"), None).unwrap();
+    let ended = AtomicBool::new(false);
+    let (failed, least) = std::thread::scope(|scope| {
+        let watched = scope.spawn(|| {
+            let mut least = before;
+            while !ended.load(Ordering::Acquire) {
+                least = least.min(held.free_bytes().unwrap());
+                std::thread::sleep(POLL);
+            }
+            least
+        });
+        let failed = failure(node.wait("a"));
+        ended.store(true, Ordering::Release);
+        (failed, watched.join().unwrap())
+    });
+    assert_eq!(failed.code, FailureCode::NoSpace);
+    assert!(failed.message.contains("does not say how many"), "{}", failed.message);
+    // One piece, and what its record takes, may be written before it is seen.
+    assert!(least >= reserve_bytes(64 << 20) - (2 << 20), "{least} bytes were free at the least");
+    assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
+}
+
+#[test]
+fn what_a_crash_left_of_a_source_without_an_end_is_cleared_away_at_the_next_start() {
+    let disk = SmallDisk::tmpfs("16m");
+    let body = noise(20 << 20, 45);
     let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
     let node = Node::over(disk.path(), settings());
     assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::NoSpace);
+    // As it is between the record and the removal.
+    std::fs::write(node.image_dir("a").join("partial.data"), noise(1 << 20, 46)).unwrap();
+    let node = node.restart();
+    assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
+}
+
+#[test]
+fn a_cancel_clears_what_a_failed_job_has_kept() {
+    let body = noise(4 << 20, 43);
+    let origin = Origin::start(move |asked| match asked.index {
+        0 => Answer::file(asked, &body, "\"v1\"").cut(2 << 20),
+        _ => Answer::status("404 Not Found"),
+    });
+    let node = Node::new();
+    assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::Source);
     assert!(node.images.get("a").unwrap().allocated_bytes > 0);
     assert_eq!(node.cancel("a").unwrap().allocated_bytes, 0);
+}
+
+/// A copy of `source` that was interrupted after `position` bytes, and goes on now.
+fn go_on(disk: &SmallDisk, source: &Path, position: u64, kept_of: &std::fs::Metadata) -> FileArrival {
+    let held = Arc::new(Directory::open(disk.path()).unwrap());
+    let names = PartialNames { data: "partial.data", record: "partial.json" };
+    let mut content = std::fs::read(source).unwrap();
+    content.truncate(usize::try_from(position).unwrap());
+    std::fs::write(disk.path().join(names.data), &content).unwrap();
+    let mut hasher = Hasher::new(None);
+    hasher.update(&content);
+    let validator = Validator::File {
+        device: kept_of.dev(),
+        inode: kept_of.ino(),
+        size_bytes: kept_of.len(),
+        mtime_ns: kept_of.mtime() * 1_000_000_000 + kept_of.mtime_nsec(),
+    };
+    let (total, midstate) = (Some(kept_of.len()), hasher.midstate());
+    let (complete, proof) = (false, Proof::NotNeeded);
+    Kept { position, total, complete, validator, proof, midstate }.store(&held, names).unwrap();
+    let spec = Spec {
+        dir: held,
+        names,
+        expected: None,
+        size_max: u64::MAX,
+        sync_bytes: 1 << 20,
+        sync_interval: PATIENCE,
+        meter: Arc::default(),
+        stop: Arc::new(Stop::after(PATIENCE)),
+    };
+    arrive(&spec, &mut FileSource::new(source)).map(|arrived| arrived.sums.sha512)
+}
+
+type FileArrival = Result<String, crate::prep::failure::Failure>;
+
+#[test]
+fn a_copy_that_goes_on_needs_room_only_for_what_is_left() {
+    let disk = SmallDisk::tmpfs("64m");
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    std::fs::write(&source, noise(40 << 20, 47)).unwrap();
+    let sum = go_on(&disk, &source, 20 << 20, &source.metadata().unwrap()).unwrap();
+    assert_eq!(sum, sha512(&noise(40 << 20, 47)));
+}
+
+#[test]
+fn a_copy_that_begins_again_has_the_room_of_what_is_thrown_away() {
+    let disk = SmallDisk::tmpfs("64m");
+    let dir = tempfile::tempdir().unwrap();
+    let (source, other) = (dir.path().join("source"), dir.path().join("other"));
+    std::fs::write(&source, noise(40 << 20, 48)).unwrap();
+    std::fs::write(&other, noise(40 << 20, 48)).unwrap();
+    let sum = go_on(&disk, &source, 20 << 20, &other.metadata().unwrap()).unwrap();
+    assert_eq!(sum, sha512(&noise(40 << 20, 48)));
 }
 
 #[test]
@@ -128,6 +244,39 @@ fn verify_reads_the_medium_and_finds_a_byte_that_changed() {
         Err(Error::Failed { .. })
     ));
     assert_eq!(node.images.get("a").unwrap().size_bytes, Some(2 << 20), "the record tells what it was");
+}
+
+#[test]
+fn a_verification_that_ends_early_says_so_and_changes_nothing_else() {
+    let mut hurried = settings();
+    hurried.deadline = Duration::ZERO;
+    let node = Node::new();
+    ready(&node);
+    let outcome = |node: &Node| node.images.get("a").unwrap().copies[0].verification.clone();
+    assert_eq!(outcome(&node), None);
+    node.images.verify("a").unwrap();
+    node.wait("a").unwrap();
+    assert_eq!(outcome(&node), Some(Verification::Passed));
+
+    let Node { disk, _dir, .. } = node.restart();
+    let node = Node::over(&disk, hurried);
+    node.images.verify("a").unwrap();
+    node.wait("a").unwrap();
+    let ended = outcome(&node);
+    assert!(matches!(&ended, Some(Verification::Failed(f)) if f.code == FailureCode::TimedOut), "{ended:?}");
+    assert_eq!(node.images.get("a").unwrap().state, ImageState::Ready);
+
+    let mut one_at_a_time = settings();
+    one_at_a_time.jobs_running_max = 1;
+    let silent = stalling();
+    let node = Node::over(&disk, one_at_a_time);
+    begun(&node, &silent, "b");
+    // It waits for its turn, so that it is cancelled for certain.
+    node.images.verify("a").unwrap();
+    node.cancel("a").unwrap();
+    let ended = outcome(&node);
+    assert!(matches!(&ended, Some(Verification::Failed(f)) if f.code == FailureCode::Cancelled), "{ended:?}");
+    assert_eq!(node.images.get("a").unwrap().state, ImageState::Ready);
 }
 
 #[test]

@@ -241,6 +241,33 @@ fn servers_in_trouble_are_asked_again() {
 }
 
 #[test]
+fn an_origin_that_only_ever_redirects_slowly_is_given_up_as_soon_as_any_other() {
+    let mut settings = settings();
+    settings.http.idle_timeout = PATIENCE;
+    settings.http.first_byte_within = Duration::from_millis(900);
+    let node = Node::with(settings);
+    let origin = Origin::start(|asked| {
+        // The pace of a slow server is what is tested, not a wait for a result.
+        std::thread::sleep(Duration::from_millis(300));
+        Answer::redirect(&format!("/{}", asked.index))
+    });
+    let failed = failure(node.bring("a", &origin.url("/a")));
+    assert!(failed.message.contains("no answer within"), "{}", failed.message);
+    assert!(failed.message.contains("no byte ever came"), "{}", failed.message);
+}
+
+#[test]
+fn an_origin_that_answers_and_then_sends_no_byte_is_given_up_as_soon_as_any_other() {
+    let mut settings = settings();
+    settings.http.idle_timeout = PATIENCE;
+    settings.http.first_byte_within = Duration::from_millis(900);
+    let node = Node::with(settings);
+    let origin = Origin::start(|_| Answer::whole(&[1; 1000], "").cut(0).paced(Pace::Stall));
+    let failed = failure(node.bring("a", &origin.url("/a")));
+    assert!(failed.message.contains("no byte ever came"), "{}", failed.message);
+}
+
+#[test]
 fn an_origin_that_refuses_from_the_first_try_on_is_given_up_soon() {
     let node = Node::new();
     let closed = {

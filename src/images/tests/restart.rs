@@ -11,7 +11,7 @@ use crate::{
     directory::Directory,
     prep::{
         checksum::Hasher,
-        partial::{Kept, PartialNames},
+        partial::{Kept, PartialNames, Proof},
         source::Validator,
     },
 };
@@ -175,8 +175,14 @@ fn an_image_that_was_renamed_but_not_recorded_becomes_ready_without_its_source()
     held.replace("image.json", &record.to_json()).unwrap();
     let mut hasher = Hasher::new(None);
     hasher.update(&content);
-    let (position, midstate) = (content.len() as u64, hasher.midstate());
-    let kept = Kept { position, total: Some(position), complete: true, validator: Validator::None, midstate };
+    let kept = Kept {
+        position: content.len() as u64,
+        total: Some(content.len() as u64),
+        complete: true,
+        validator: Validator::None,
+        proof: Proof::NotNeeded,
+        midstate: hasher.midstate(),
+    };
     kept.store(&held, NAMES).unwrap();
     drop(origin);
 

@@ -5,11 +5,7 @@
 
 use std::sync::Arc;
 
-use bedplate_engine::{
-    device::{BlockDevice, ExtentKind},
-    error::Error as Storage,
-    units::ByteRange,
-};
+use bedplate_engine::device::{BlockDevice, ExtentKind, for_each_extent};
 
 use super::{Source, Validator};
 use crate::prep::{
@@ -19,8 +15,6 @@ use crate::prep::{
 
 /// Bytes of one read.
 const READ_LEN: u64 = 1 << 20;
-/// How much of a device is asked about at once.
-pub const EXTENTS_SPAN: u64 = 1 << 30;
 
 /// A device that does not change while it is held.
 pub struct DeviceSource {
@@ -65,29 +59,4 @@ impl Source for DeviceSource {
             }
         })
     }
-}
-
-/// Visit the runs of a device in order, without gaps.
-pub fn for_each_extent<E: From<Storage>>(
-    device: &dyn BlockDevice,
-    mut visit: impl FnMut(ByteRange, ExtentKind) -> Result<(), E>,
-) -> Result<(), E> {
-    let size = device.geometry().size;
-    let mut at = 0;
-    while at < size.0 {
-        let asked = ByteRange::new(at, (size.0 - at).min(EXTENTS_SPAN));
-        for extent in device.extents(asked)? {
-            // Runs come in order without gaps, and a device that broke that would corrupt what is made of it.
-            if extent.range.start.0 != at || extent.range.is_empty() || extent.range.end() > asked.end() {
-                let what = format!("the device gave the run {} where one at byte {at} was due", extent.range);
-                return Err(Storage::Invalid(what).into());
-            }
-            visit(extent.range, extent.kind)?;
-            at = extent.range.end().0;
-        }
-        if at == asked.start.0 {
-            return Err(Storage::Invalid(format!("the device has no run at byte {at}")).into());
-        }
-    }
-    Ok(())
 }

@@ -1,7 +1,8 @@
 //! Bytes from a local file or block device.
 //!
 //! Holes of the file are not read. A file that changes while it is read is refused; one that is as it was when an
-//! earlier run kept a prefix of it (device, inode, size, mtime) is read on from there.
+//! earlier run kept a prefix of it (device, inode, size, mtime) is read on from there. Nothing tells that of a block
+//! device, which is read anew.
 
 use std::{
     fs::{File, OpenOptions},
@@ -72,10 +73,13 @@ impl Source for FileSource {
             return Err(Failure::Unsupported(what));
         };
         let validator = identity(&meta, size);
-        if arrival.position() > 0 && (*arrival.validator() != validator || arrival.position() > size) {
+        // A device has nothing that tells.
+        let same = validator != Validator::None && *arrival.validator() == validator;
+        if arrival.position() > 0 && (!same || arrival.position() > size) {
             arrival.restart()?;
         }
-        let needed_bytes = meta.is_file().then(|| meta.blocks().saturating_mul(512).min(size));
+        arrival.proven();
+        let needed_bytes = Some(data_bytes(&file, arrival, size).map_err(|e| io("seek")(e.into()))?);
         arrival.begin(Opening { total: Some(size), needed_bytes, validator: validator.clone() })?;
         // Advice only.
         let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
@@ -99,6 +103,17 @@ impl Source for FileSource {
         }
         Ok(())
     }
+}
+
+/// How much of the file from [`Arrival::position`] on is data; what arrived before has its space already.
+fn data_bytes(file: &File, arrival: &Arrival<'_>, size: u64) -> nix::Result<u64> {
+    let (mut at, mut sum) = (arrival.position(), 0);
+    while at < size {
+        let (data, end) = next_data(file, at, size)?;
+        sum += end - data;
+        at = end;
+    }
+    Ok(sum)
 }
 
 fn identity(meta: &std::fs::Metadata, size: u64) -> Validator {

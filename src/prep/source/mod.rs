@@ -7,6 +7,7 @@
 pub mod device;
 pub mod file;
 pub mod http;
+pub mod upload;
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +16,8 @@ use super::{arrival::Arrival, failure::Result};
 /// One source of bytes.
 pub trait Source: Send {
     /// Deliver everything from [`Arrival::position`] on, or start the arrival again first. Returns when the last byte
-    /// has been delivered, and the source knows that it was the last.
+    /// has been delivered, and the source knows that it was the last. Where [`Arrival::proof`] is needed, it goes on only
+    /// if it serves the file that the validator is of.
     fn transfer(&mut self, arrival: &mut Arrival<'_>) -> Result<()>;
 }
 

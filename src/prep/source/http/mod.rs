@@ -26,13 +26,14 @@ use super::{Source, Validator};
 use crate::prep::{
     arrival::{Arrival, Opening},
     failure::{Failure, Result},
+    partial::Proof,
 };
 
 /// How often a download may begin again at byte 0 because the origin changed, or cannot resume.
 pub const RESTARTS_MAX: u32 = 8;
 
 /// How patient a download is; [`Default`] is sound.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpSettings {
     /// The longest that making a connection may take.
     pub connect_timeout: Duration,
@@ -101,7 +102,8 @@ impl HttpSource {
         let now = Instant::now();
         let mut attempts = Attempts {
             began: now,
-            progressed: (arrival.position() > 0).then_some(now),
+            // Whoever asks anew for what failed before wants to know soon whether the origin is there.
+            progressed: (arrival.position() > 0 && arrival.proof() == Proof::NotNeeded).then_some(now),
             position: arrival.position(),
             failed_in_a_row: 0,
             restarts: 0,
@@ -109,7 +111,7 @@ impl HttpSource {
         loop {
             arrival.stop().check()?;
             arrival.meter().attempt();
-            let ended = self.attempt(&client, arrival).await?;
+            let ended = self.attempt(&client, arrival, attempts.patience(&self.settings)).await?;
             attempts.note_progress(arrival.position());
             let (reason, after) = match ended {
                 Ended::Complete => return Ok(()),
@@ -140,26 +142,34 @@ impl HttpSource {
         }
     }
 
-    /// One request and its body.
-    async fn attempt(&self, client: &Client, arrival: &mut Arrival<'_>) -> Result<Ended> {
+    /// One request and its body. Its first byte must come within `patience`, whatever redirects are in between.
+    async fn attempt(&self, client: &Client, arrival: &mut Arrival<'_>, patience: Duration) -> Result<Ended> {
+        let due = tokio::time::Instant::now() + patience;
         let broken = |reason: String| Ended::Broken { reason, after: Duration::ZERO };
         let checksum = if arrival.expected().is_some() { Checksum::Given } else { Checksum::NotGiven };
         let position = arrival.position();
         let validator = arrival.validator().clone();
+        let proof = arrival.proof();
+        // Nothing is missing, but only the origin can tell that it is still the same: it is asked for the last byte again.
+        let recalled = u64::from(proof == Proof::Needed && arrival.total() == Some(position)).min(position);
         if position > 0 {
-            if arrival.total() == Some(position) {
+            if recalled == 0 && arrival.total() == Some(position) {
                 return Ok(Ended::Complete);
             }
-            if validator == Validator::None && checksum == Checksum::NotGiven {
+            if validator == Validator::None && (checksum == Checksum::NotGiven || proof == Proof::Needed) {
                 let reason =
                     "the origin gives nothing that tells whether the file is still the same".to_owned();
                 return Ok(Ended::StartAgain { reason });
             }
         }
+        let first = position - recalled;
         let idle = self.settings.idle_timeout;
         let stop = arrival.stop().clone();
         let answer = tokio::select! {
-            answer = ask(client, &self.origin, position, &validator, checksum, idle) => answer,
+            answer = ask(client, &self.origin, first, &validator, checksum, idle) => answer,
+            () = tokio::time::sleep_until(due) => {
+                Err(NoAnswer::Broken(format!("no answer within {} s", patience.as_secs_f32())))
+            }
             () = stop.fired() => return stopped(arrival),
         };
         let response = match answer {
@@ -167,7 +177,7 @@ impl HttpSource {
             Err(NoAnswer::Broken(reason)) => return Ok(broken(reason)),
             Err(NoAnswer::Refused(reason)) => return Err(self.refused(&reason)),
         };
-        let asked = Asked { position, total: arrival.total(), validator: &validator, checksum };
+        let asked = Asked { position: first, total: arrival.total(), validator: &validator, checksum };
         match judge(response.status(), response.headers(), &asked) {
             Answer::Whole { total, validator } => {
                 if position > 0 {
@@ -182,21 +192,37 @@ impl HttpSource {
                 arrival.begin(Opening { total, needed_bytes: None, validator })?;
             }
             Answer::Part { total } => {
+                // It has shown its validator, if there was one.
+                arrival.proven();
+                if recalled > 0 {
+                    return Ok(Ended::Complete);
+                }
                 if validator == Validator::None {
                     arrival.join_unproven();
                 }
                 arrival.begin(Opening { total: Some(total), needed_bytes: None, validator })?;
+            }
+            Answer::Complete if proof == Proof::Needed => {
+                let reason = "the origin does not show that the image is still the same".to_owned();
+                return Ok(Ended::StartAgain { reason });
             }
             Answer::Complete => return Ok(Ended::Complete),
             Answer::StartAgain { reason } => return Ok(Ended::StartAgain { reason }),
             Answer::TryLater { reason, after } => return Ok(Ended::Broken { reason, after }),
             Answer::Refused { reason } => return Err(self.refused(&reason)),
         }
-        self.body(response, arrival).await
+        self.body(response, arrival, due).await
     }
 
-    async fn body(&self, mut response: Response, arrival: &mut Arrival<'_>) -> Result<Ended> {
-        let idle = self.settings.idle_timeout;
+    /// The first byte is due then; every other within the idle limit.
+    async fn body(
+        &self,
+        mut response: Response,
+        arrival: &mut Arrival<'_>,
+        due: tokio::time::Instant,
+    ) -> Result<Ended> {
+        let first = due.saturating_duration_since(tokio::time::Instant::now());
+        let mut idle = self.settings.idle_timeout.min(first);
         let stop = arrival.stop().clone();
         let broken = |reason| Ok(Ended::Broken { reason, after: Duration::ZERO });
         loop {
@@ -210,7 +236,10 @@ impl HttpSource {
                 }
             };
             match next {
-                Ok(Ok(Some(bytes))) => arrival.bytes(&bytes)?,
+                Ok(Ok(Some(bytes))) => {
+                    idle = self.settings.idle_timeout;
+                    arrival.bytes(&bytes)?;
+                }
                 Ok(Ok(None)) => {
                     return match arrival.total() {
                         Some(total) if arrival.position() < total => {
@@ -255,6 +284,15 @@ impl Attempts {
         self.failed_in_a_row = self.failed_in_a_row.saturating_add(1);
         let random = u32::try_from(RandomState::new().hash_one(self.began) % 512).unwrap_or(0);
         pause / 2 + pause * random / 1024
+    }
+
+    /// How long the next attempt may take until something new comes.
+    fn patience(&self, settings: &HttpSettings) -> Duration {
+        let (since, within) = match self.progressed {
+            None => (self.began, settings.first_byte_within),
+            Some(at) => (at, settings.stalled_max),
+        };
+        within.saturating_sub(since.elapsed())
     }
 
     /// Why there is no further attempt after this pause, if there is none.

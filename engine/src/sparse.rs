@@ -6,7 +6,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-use bedplate_engine::units::{BLOCK_BYTES, BLOCK_SIZE};
+use crate::units::{BLOCK_BYTES, BLOCK_SIZE};
 
 /// Write `bytes` at `offset`, leaving out every block, or part of one at either end, that is all zeros.
 pub fn write_sparse(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
