@@ -312,6 +312,13 @@ impl End {
     }
 }
 
+/// Whether this process may have threads that the kernel does not make wait for their own writes: the state that a
+/// mount's threads take where they may. Leaves the calling thread as a new one is.
+pub fn try_io_flusher() -> io::Result<()> {
+    rustix::process::configure_io_flusher_behavior(true)?;
+    Ok(rustix::process::configure_io_flusher_behavior(false)?)
+}
+
 /// What runs on the transport's own thread.
 struct Transport {
     device: OwnedFd,
