@@ -118,15 +118,15 @@ pub fn damage_quietly(path: &Path) {
 
 #[test]
 fn formats_that_cannot_be_served_are_refused_before_they_have_arrived() {
-    let mut qcow2 = b"QFI\xfb\0\0\0\x03".to_vec();
-    qcow2.resize(3 << 20, 1);
+    let mut xz = b"\xfd7zXZ\0".to_vec();
+    xz.resize(3 << 20, 1);
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk.qcow2");
-    std::fs::write(&path, &qcow2).unwrap();
+    let path = dir.path().join("disk.raw.xz");
+    std::fs::write(&path, &xz).unwrap();
     let node = Node::new();
     let failed = failure(node.bring("a", path.to_str().unwrap()));
     assert_eq!(failed.code, FailureCode::Unsupported);
-    assert!(failed.message.contains("qcow2 images arrive with the next version"));
+    assert!(failed.message.contains("xz"));
     assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
 }
 
