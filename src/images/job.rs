@@ -29,7 +29,7 @@ use crate::{
         partial::PartialNames,
         probe::Content,
         progress::{Meter, Phase},
-        source::{device::DeviceSource, file::FileSource, http::HttpSource},
+        source::{device::DeviceSource, file::FileSource, http::HttpSource, upload::LostUpload},
         stop::Stop,
         verify::verify,
     },
@@ -158,10 +158,7 @@ impl Service {
             }
             Origin::Image(name) => self.fetch_image(spec, &name),
             Origin::Upload(Some(mut source)) => arrive(&spec, &mut source).map_err(Failure::of_upload),
-            Origin::Upload(None) => {
-                Err(Failure::Source("the node was restarted before the upload was whole".to_owned())
-                    .of_upload())
-            }
+            Origin::Upload(None) => arrive(&spec, &mut LostUpload).map_err(Failure::of_upload),
         }
     }
 
