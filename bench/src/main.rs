@@ -1,10 +1,12 @@
 //! `bedplate-bench`: figures that a README line can rest on.
 //!
-//! So far one suite, `map`: what the map of a large volume costs in memory, time to open and time to look up. Run it
-//! from a release build; results are JSON, one object, and are kept under `bench/results/`.
+//! Two suites. `map`: what the map of a large volume costs in memory, time to open and time to look up. `prepare`: how
+//! fast an image arrives, beside what one core hashes. Run them from a release build; results are JSON, one object, and
+//! are kept under `bench/results/`.
 
 mod machine;
 mod map;
+mod prepare;
 
 use std::path::PathBuf;
 
@@ -32,6 +34,21 @@ enum Suite {
         #[arg(long, default_value_t = 7)]
         rounds: usize,
     },
+    /// An image arrives, is hashed and made durable; beside SHA-512 on one core.
+    Prepare {
+        /// Directory on the disk to measure; a temporary one under it is used and removed.
+        #[arg(long, default_value = "/var/tmp")]
+        dir: PathBuf,
+        /// Directory of a memory file system with room for two images.
+        #[arg(long, default_value = "/dev/shm")]
+        memory_dir: PathBuf,
+        /// Size of the image.
+        #[arg(long, default_value_t = 2048)]
+        size_mib: usize,
+        /// Rounds; the lanes of one round run one after another.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
     /// One measurement in a process of its own, so that its memory is its own. Used by `map`.
     #[command(hide = true)]
     MapLane { lane: map::Lane, disk: PathBuf },
@@ -40,6 +57,9 @@ enum Suite {
 fn main() -> anyhow::Result<()> {
     match Args::parse().suite {
         Suite::Map { dir, memory_dir, rounds } => map::run(&dir, &memory_dir, rounds),
+        Suite::Prepare { dir, memory_dir, size_mib, rounds } => {
+            prepare::run(&dir, &memory_dir, size_mib, rounds)
+        }
         Suite::MapLane { lane, disk } => map::run_lane(lane, &disk),
     }
 }

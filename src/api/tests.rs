@@ -136,6 +136,21 @@ async fn an_upload_reaches_the_node_byte_for_byte_and_one_that_nobody_takes_is_a
 }
 
 #[tokio::test]
+async fn the_route_that_takes_as_long_as_its_body_is_the_one_of_uploads() {
+    let server = Server::start();
+    let answer = server.get("/openapi.json").await;
+    let document: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let (method, path) = super::routes::UPLOAD;
+    let operation = &document["paths"][path][method.as_str().to_lowercase()];
+    assert!(operation["requestBody"]["content"]["application/octet-stream"].is_object(), "{operation}");
+    // As the server itself calls it when it counts the request.
+    let (_, parts) = tokio::sync::mpsc::channel(1);
+    server.client.upload_image("a", parts).await.unwrap();
+    assert!(server.get("/metrics").await.contains(path), "{path}");
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn names_with_any_character_reach_the_node_as_they_are() {
     let server = Server::start();
     for name in ["a/b", "..", "a b", "ä?x=1#y", "%2f"] {

@@ -36,7 +36,7 @@ use crate::{
         failure::{Failure, Result},
         partial::PartialNames,
         progress::{Meter, Phase},
-        source::{device::DeviceSource, file::FileSource, http::HttpSource},
+        source::{device::DeviceSource, file::FileSource, http::HttpSource, upload::LostUpload},
         stop::Stop,
         verify::verify,
     },
@@ -167,10 +167,7 @@ impl Service {
             }
             Origin::Image(name) => self.fetch_image(spec, &name, record),
             Origin::Upload(Some(mut source)) => arrive(&spec, &mut source).map_err(Failure::of_upload),
-            Origin::Upload(None) => {
-                Err(Failure::Source("the node was restarted before the upload was whole".to_owned())
-                    .of_upload())
-            }
+            Origin::Upload(None) => arrive(&spec, &mut LostUpload).map_err(Failure::of_upload),
         }
     }
 
