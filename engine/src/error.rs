@@ -7,7 +7,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use crate::units::ByteOffset;
+use crate::units::{ByteOffset, ByteRange};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -86,6 +86,13 @@ impl Error {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::NoSpace { path },
             _ => Error::Io { op, path, source: Arc::new(source) },
         }
+    }
+
+    /// A read of bytes that changed after the last commit before a fault: the medium may hold something older.
+    pub fn uncertain(range: ByteRange, fault: Option<Arc<str>>) -> Error {
+        let fault = fault.unwrap_or_else(|| "unknown".into());
+        let reason = format!("they changed after the last flush before a fault ({fault})");
+        Error::Lost { start: range.start.0, len: range.len.0, reason: reason.into() }
     }
 
     /// Whether the cause is that a file or directory is not there.

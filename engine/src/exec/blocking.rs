@@ -7,19 +7,27 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
 };
 
 use arc_swap::ArcSwap;
 
-use super::{head::HeadFiles, housekeeper::Housekeeper, request::Buffers, view::View};
+use super::{
+    head::HeadFiles,
+    housekeeper::Housekeeper,
+    request::Buffers,
+    view::{View, uncertain_bytes},
+};
 use crate::{
     cow::{
+        blocks::BlockSet,
         core::{Action, CopySource, Core, HeadState, Op, OpId, Output, Step},
         map::log::LogEnd,
         plan::Index,
     },
-    device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
+    device::{
+        Access, BlockDevice, Complete, Durability, Extent, ExtentKind, Geometry, Reply, Request, check_length,
+    },
     error::{Error, Result},
     units::{BlockRange, ByteRange},
 };
@@ -36,6 +44,8 @@ struct Shared {
     live: ArcSwap<Live>,
     /// Indexes that were replaced; a reader may still follow one while it can be upgraded.
     epochs: Mutex<Vec<Weak<Index>>>,
+    /// Set when the layer fails, before anybody is told of it: [`Core::uncertain`].
+    uncertain: OnceLock<Arc<BlockSet>>,
     housekeeper: Arc<Housekeeper>,
 }
 
@@ -162,6 +172,9 @@ impl Shared {
         let housekeeping = {
             let mut state = self.lock();
             let step = state.core.complete(action.id, result);
+            if let Some(blocks) = state.core.uncertain() {
+                self.uncertain.get_or_init(|| blocks.clone());
+            }
             state.dispatch(step, &self.live.load())
         };
         self.keep_house(housekeeping);
@@ -249,7 +262,8 @@ impl Executor {
         let core = Core::new(head.state, head.files.data.write_align());
         let state = Mutex::new(State { core, mailboxes: HashMap::new() });
         let live = ArcSwap::from_pointee(Live { view: head.view, head: head.files });
-        Executor { shared: Arc::new(Shared { state, live, epochs: Mutex::default(), housekeeper }) }
+        let (epochs, uncertain) = (Mutex::default(), OnceLock::new());
+        Executor { shared: Arc::new(Shared { state, live, epochs, uncertain, housekeeper }) }
     }
 
     /// What reads follow now.
@@ -265,6 +279,17 @@ impl Executor {
     /// Why the volume takes no more writes, if so.
     pub fn failed(&self) -> Option<Arc<str>> {
         self.shared.lock().core.failed().cloned()
+    }
+
+    /// Once the volume takes no more writes: the blocks that changed since the last commit, which cannot be read.
+    pub fn uncertain(&self) -> Option<&Arc<BlockSet>> {
+        self.shared.uncertain.get()
+    }
+
+    /// The first bytes of `range` that cannot be read since the layer failed. Asked *after* the bytes were looked for: a
+    /// failure that comes between the two then counts.
+    fn uncertain_in(&self, range: ByteRange) -> Option<ByteRange> {
+        self.uncertain().and_then(|blocks| uncertain_bytes(blocks, range))
     }
 
     /// Whether every action that was asked for has ended.
@@ -323,12 +348,29 @@ impl BlockDevice for Executor {
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
-        self.shared.live.load().view.extents(range)
+        let extents = self.shared.live.load().view.extents(range)?;
+        // What cannot be read counts as data, so that whoever wants it reads it and is told.
+        match self.uncertain_in(range) {
+            None => Ok(extents),
+            Some(part) if part.start == range.start => {
+                Ok(vec![Extent { range: part, kind: ExtentKind::Data }])
+            }
+            Some(part) => {
+                let certain = ByteRange { start: range.start, len: part.start.since(range.start) };
+                let inside =
+                    |extent: Extent| extent.range.intersect(certain).map(|range| Extent { range, ..extent });
+                Ok(extents.into_iter().filter_map(inside).collect())
+            }
+        }
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         check_length(buffer.len() as u64)?;
-        self.shared.live.load().view.read_at(buffer, offset)
+        self.shared.live.load().view.read_at(buffer, offset)?;
+        match self.uncertain_in(ByteRange::new(offset, buffer.len() as u64)) {
+            None => Ok(()),
+            Some(part) => Err(Error::uncertain(part, self.failed())),
+        }
     }
 
     fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> Result<()> {

@@ -243,7 +243,10 @@ impl BlockDevice for Volume {
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
-        self.view().extents(range)
+        match &self.backend {
+            Backend::Live(executor) => executor.extents(range),
+            Backend::ReadOnly { view, .. } => view.extents(range),
+        }
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {

@@ -12,6 +12,7 @@ use super::{ActionKind, Admission, Core, OpId, Output, Pending, Step};
 use crate::{
     cow::{
         BlockState,
+        blocks::{BlockSet, Touched},
         changes::Changes,
         map::{
             checkpoint::{self, Header, LogLen},
@@ -31,7 +32,14 @@ const _: () = assert!(
 #[derive(Debug)]
 pub(super) enum Commit {
     Idle,
-    Running { stage: Stage, cut: Changes, waiters: Vec<OpId>, end: LogEnd },
+    Running {
+        stage: Stage,
+        cut: Changes,
+        /// Blocks that were written in place before the cut.
+        rewritten: Touched,
+        waiters: Vec<OpId>,
+        end: LogEnd,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +86,16 @@ impl Commit {
     }
 }
 
+impl Commit {
+    /// Add the blocks of which the running commit was to make the newest bytes durable.
+    pub(super) fn add_to(&self, uncertain: &mut BlockSet) {
+        if let Commit::Running { cut, rewritten, .. } = self {
+            let blocks = cut.iter().map(|(run, _)| run).chain(rewritten.set().iter());
+            blocks.for_each(|run| uncertain.insert(run));
+        }
+    }
+}
+
 impl Checkpoint {
     pub(super) fn is_idle(&self) -> bool {
         matches!(self, Checkpoint::Idle)
@@ -113,7 +131,8 @@ impl Core {
         // A change of several parts may land after a commit that has synced those which were written by then.
         let sync_data = std::mem::take(&mut self.data_dirty) || cut.any(BlockState::Data);
         let owner = waiters.first().copied();
-        self.commit = Commit::Running { stage: Stage::Data, cut, waiters, end: self.log };
+        let rewritten = std::mem::take(&mut self.rewritten);
+        self.commit = Commit::Running { stage: Stage::Data, cut, rewritten, waiters, end: self.log };
         if sync_data {
             self.act(step, owner, Pending::Commit, ActionKind::SyncData);
         } else {
@@ -129,11 +148,12 @@ impl Core {
         };
         match (result, stage) {
             (Err(error), _) => {
-                let waiters = match std::mem::replace(&mut self.commit, Commit::Idle) {
-                    Commit::Running { waiters, .. } => waiters,
+                let waiters = match &mut self.commit {
+                    Commit::Running { waiters, .. } => std::mem::take(waiters),
                     Commit::Idle => Vec::new(),
                 };
                 self.fail(step, &error, waiters);
+                self.commit = Commit::Idle;
             }
             (Ok(_), Stage::Data) => self.data_synced(step),
             (Ok(_), Stage::Inherited) => {
@@ -150,7 +170,7 @@ impl Core {
     }
 
     fn append(&mut self, step: &mut Step) {
-        let Commit::Running { stage, cut, waiters, end } = &mut self.commit else { return };
+        let Commit::Running { stage, cut, waiters, end, .. } = &mut self.commit else { return };
         if cut.is_empty() {
             return self.end_commit(step);
         }

@@ -10,7 +10,8 @@
 //! - 2: a partial write of a block that is *data* writes only the sectors it touches; any other partial write writes the
 //!   whole block before the map names it (`change.rs`);
 //! - 3: a commit's record holds exactly the changes that had landed when its data sync was asked for;
-//! - 7: after a failed sync every change and flush fails ([`Core::failed`]);
+//! - 7: after a failed sync every change and flush fails ([`Core::failed`]), and so does a read of a block that changed
+//!   since the last commit ([`Core::uncertain`]);
 //! - 8: a change is admitted only while the log has room for the record of everything that is under way.
 
 mod change;
@@ -28,6 +29,7 @@ use self::{
     commit::{Checkpoint, Commit},
 };
 use super::{
+    blocks::{BlockSet, Touched},
     changes::Changes,
     frozen::Slot,
     map::log::{LogEnd, sectors_of},
@@ -192,6 +194,16 @@ enum OpState {
     Barrier,
 }
 
+impl OpState {
+    /// What an admitted change may be changing.
+    fn blocks(&self) -> Option<BlockRange> {
+        match self {
+            OpState::Change(change) => Some(change.blocks()),
+            OpState::Queued(_) | OpState::Committing | OpState::Barrier => None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admission {
     Open,
@@ -233,6 +245,8 @@ pub struct Core {
     reserved_sectors: u64,
     /// Changes of the map that have landed and are in no commit yet.
     landed: Changes,
+    /// Blocks that were written in place, which changes no map, since the last commit's cut.
+    rewritten: Touched,
     /// Data was written since the last data sync was asked for.
     data_dirty: bool,
     /// The map file was not synced since it was opened.
@@ -253,10 +267,12 @@ enum Health {
     /// that no restart forgets what somebody was told.
     Marking {
         reason: Arc<str>,
+        uncertain: Arc<BlockSet>,
         unanswered: Vec<(OpId, Error)>,
     },
     Failed {
         reason: Arc<str>,
+        uncertain: Arc<BlockSet>,
     },
 }
 
@@ -277,6 +293,7 @@ impl Core {
             in_flight: 0,
             reserved_sectors: 0,
             landed: Changes::default(),
+            rewritten: Touched::default(),
             data_dirty: head.synced == Synced::No,
             map_dirty: head.synced == Synced::No,
             commit: Commit::Idle,
@@ -306,7 +323,16 @@ impl Core {
     pub fn failed(&self) -> Option<&Arc<str>> {
         match &self.health {
             Health::Sound => None,
-            Health::Marking { reason, .. } | Health::Failed { reason } => Some(reason),
+            Health::Marking { reason, .. } | Health::Failed { reason, .. } => Some(reason),
+        }
+    }
+
+    /// Once the layer has failed: the blocks that changed since the last commit that succeeded. Nobody knows what of
+    /// them is on the medium, so a read of them has nothing true to show.
+    pub fn uncertain(&self) -> Option<&Arc<BlockSet>> {
+        match &self.health {
+            Health::Sound => None,
+            Health::Marking { uncertain, .. } | Health::Failed { uncertain, .. } => Some(uncertain),
         }
     }
 
@@ -381,6 +407,7 @@ impl Core {
     pub fn install(&mut self, head: HeadState) -> Step {
         debug_assert_eq!(self.admission, Admission::Closed);
         debug_assert!(self.in_flight == 0 && self.landed.is_empty() && self.ownership.is_empty());
+        debug_assert!(self.rewritten.set().is_empty());
         self.index = head.index;
         self.layer = head.layer;
         self.log = head.log;
@@ -401,7 +428,8 @@ impl Core {
     /// answers what waits.
     pub fn poison(&mut self, reason: Arc<str>) {
         debug_assert_eq!(self.admission, Admission::Closed);
-        self.health = Health::Failed { reason };
+        // The barrier's commit has made every change durable.
+        self.health = Health::Failed { reason, uncertain: Arc::default() };
     }
 
     fn fresh_id(&mut self) -> u64 {
@@ -513,8 +541,9 @@ impl Core {
         match &mut self.health {
             Health::Sound => {
                 let reason: Arc<str> = error.to_string().into();
+                let uncertain = Arc::new(self.changed_since_commit());
                 self.checkpoint = Checkpoint::Idle;
-                self.health = Health::Marking { reason: reason.clone(), unanswered };
+                self.health = Health::Marking { reason: reason.clone(), uncertain, unanswered };
                 self.act(step, None, Pending::Mark, ActionKind::MarkFailed { reason });
             }
             Health::Marking { unanswered: others, .. } => others.append(&mut unanswered),
@@ -522,10 +551,19 @@ impl Core {
         }
     }
 
+    /// What changed since the last commit that succeeded, or may be changing just now.
+    fn changed_since_commit(&self) -> BlockSet {
+        let mut blocks = BlockSet::default();
+        self.commit.add_to(&mut blocks);
+        let ended = self.landed.iter().map(|(run, _)| run).chain(self.rewritten.set().iter());
+        ended.chain(self.ops.values().filter_map(OpState::blocks)).for_each(|run| blocks.insert(run));
+        blocks
+    }
+
     fn marked(&mut self, step: &mut Step) {
-        if let Health::Marking { reason, unanswered } = &mut self.health {
+        if let Health::Marking { reason, uncertain, unanswered } = &mut self.health {
             let unanswered = std::mem::take(unanswered);
-            self.health = Health::Failed { reason: reason.clone() };
+            self.health = Health::Failed { reason: reason.clone(), uncertain: uncertain.clone() };
             self.answer(step, unanswered);
         }
     }
