@@ -8,6 +8,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -32,7 +33,11 @@ use crate::{
     units::{BlockRange, ByteRange},
 };
 
-/// A volume whose head takes writes.
+/// How long a volume that is dropped waits for its housekeeping; longer than that, its medium hangs.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// A volume whose head takes writes. Dropping it waits for what it still has under way, so that the disk can be opened
+/// again at once.
 #[derive(Debug)]
 pub struct Executor {
     shared: Arc<Shared>,
@@ -47,6 +52,35 @@ struct Shared {
     /// Set when the layer fails, before anybody is told of it: [`Core::uncertain`].
     uncertain: OnceLock<Arc<BlockSet>>,
     housekeeper: Arc<Housekeeper>,
+    housekeeping: Arc<Housekeeping>,
+}
+
+/// Actions of this volume that the housekeeper has. Apart from [`Shared`], which each of them holds.
+#[derive(Debug, Default)]
+struct Housekeeping {
+    count: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Housekeeping {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(self: &Arc<Self>) -> Housework {
+        *self.lock() += 1;
+        Housework(self.clone())
+    }
+}
+
+/// One such action, until this is dropped.
+struct Housework(Arc<Housekeeping>);
+
+impl Drop for Housework {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+        self.0.changed.notify_all();
+    }
 }
 
 /// What the volume is made of between two life operations.
@@ -160,8 +194,12 @@ impl Shared {
 
     fn keep_house(self: &Arc<Self>, actions: Vec<Planned>) {
         for planned in actions {
+            let work = self.housekeeping.begin();
             let shared = self.clone();
             self.housekeeper.run(move || {
+                // Dropped last: whoever waits for it finds nothing open that this action had.
+                let _work = work;
+                let (shared, planned) = (shared, planned);
                 let result = planned.carry_out(&mut Buffers::default());
                 shared.complete(&planned.action, result);
             });
@@ -263,7 +301,8 @@ impl Executor {
         let state = Mutex::new(State { core, mailboxes: HashMap::new() });
         let live = ArcSwap::from_pointee(Live { view: head.view, head: head.files });
         let (epochs, uncertain) = (Mutex::default(), OnceLock::new());
-        Executor { shared: Arc::new(Shared { state, live, epochs, uncertain, housekeeper }) }
+        let housekeeping = Arc::default();
+        Executor { shared: Arc::new(Shared { state, live, epochs, uncertain, housekeeper, housekeeping }) }
     }
 
     /// What reads follow now.
@@ -328,6 +367,18 @@ impl Executor {
         let mut epochs = self.shared.epochs.lock().unwrap_or_else(PoisonError::into_inner);
         epochs.retain(|epoch| epoch.strong_count() > 0);
         epochs.is_empty()
+    }
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        let housekeeping = &self.shared.housekeeping;
+        let under_way = |count: &mut usize| *count > 0;
+        let waited = housekeeping.changed.wait_timeout_while(housekeeping.lock(), CLOSE_WAIT_MAX, under_way);
+        let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if *count > 0 {
+            tracing::warn!(layer = %self.head().dir, "closed while its medium does not answer");
+        }
     }
 }
 

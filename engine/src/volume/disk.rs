@@ -1,8 +1,9 @@
 //! A disk: one directory that Bedplate owns, opened by one node at a time.
 //!
 //! Owns [`Disk`]: the lock, opening and its repair work, the catalog of volumes, collection. Upheld here: invariant 10
-//! (what a record names exists; nothing is collected while any record is unreadable), 11 (one writer per disk) and 12
-//! (one volume's failure stops neither another nor the start).
+//! (what a record names exists; nothing is collected while any record is unreadable), 11 (one writer per disk; the
+//! storage keeps the lock, so that it lasts as long as anything that can write) and 12 (one volume's failure stops neither
+//! another nor the start).
 //!
 //! Locks, in this order: `maintenance` (one merge or flatten at a time), `life` (one record switch at a time), `tree`
 //! (what is open; maps are read under it, data never).
@@ -61,8 +62,6 @@ pub struct Disk {
     pub(super) maintenance: Mutex<()>,
     pub(super) life: Mutex<()>,
     tree: Mutex<Tree>,
-    /// Held until the disk is dropped.
-    _lock: Option<Arc<Flock<File>>>,
 }
 
 impl std::fmt::Debug for Disk {
@@ -75,30 +74,28 @@ impl std::fmt::Debug for Disk {
 pub struct Held {
     storage: Arc<dyn Storage>,
     record: DiskRecord,
-    lock: Option<Arc<Flock<File>>>,
 }
 
 impl Held {
     /// Take the directory `path`. An empty one becomes a disk. Refused while another process holds it.
     pub fn take(path: &Path) -> Result<Held> {
         let lock = lock(path)?;
-        let storage = Arc::new(FileStorage::open(path)?);
-        Held::over(storage, Some(Arc::new(lock)))
+        Held::over(Arc::new(FileStorage::open(path)?.holding(lock)))
     }
 
-    fn over(storage: Arc<dyn Storage>, lock: Option<Arc<Flock<File>>>) -> Result<Held> {
+    fn over(storage: Arc<dyn Storage>) -> Result<Held> {
         let record = initialise(&*storage)?;
-        Ok(Held { storage, record, lock })
+        Ok(Held { storage, record })
     }
 
     pub fn id(&self) -> Uuid {
         self.record.id
     }
 
-    /// Open its volumes, over the images that `bases` has. The lock is held until both this and the disk are dropped.
+    /// Open its volumes, over the images that `bases` has. The lock is held until this, the disk and every volume of it
+    /// are dropped.
     pub fn serve(&self, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
-        let Held { storage, record, lock } = self;
-        let (storage, record, lock) = (storage.clone(), record.clone(), lock.clone());
+        let (storage, record) = (self.storage.clone(), self.record.clone());
         let disk = Arc::new(Disk {
             reserve: Arc::new(Reserve::take(storage.clone())?),
             housekeeper: Arc::new(Housekeeper::start()?),
@@ -108,7 +105,6 @@ impl Held {
             maintenance: Mutex::new(()),
             life: Mutex::new(()),
             tree: Mutex::new(Tree::default()),
-            _lock: lock,
         });
         disk.open_volumes()?;
         disk.collect();
@@ -126,7 +122,7 @@ impl Disk {
 
     /// The same over any storage, without a lock between processes.
     pub fn open_storage(storage: Arc<dyn Storage>, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
-        Held::over(storage, None)?.serve(bases)
+        Held::over(storage)?.serve(bases)
     }
 
     /// Try again to open a volume that could not be opened, for a reason that may have passed. One that is open stays

@@ -54,6 +54,40 @@ fn what_was_written_is_there_after_reopening_and_a_second_opener_is_told_who_hol
 }
 
 #[test]
+fn a_disk_stays_locked_while_a_volume_of_it_can_still_be_written_to() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    drop(disk);
+    volume.write_at(b"late", 0, Durability::Fua).expect("it still writes");
+    let second = Disk::open(&fixture.path().join("disk"), fixture.images.clone());
+    assert!(matches!(second, Err(Error::InUse { .. })), "{second:?}");
+    drop(volume);
+    assert_eq!(&content(&*fixture.disk().volume("v").expect("there"))[..4], b"late");
+}
+
+#[test]
+fn a_disk_that_was_closed_in_the_middle_of_a_checkpoint_opens_again_at_once() {
+    const RUNS: u64 = 11_000;
+    let fixture = Fixture::new();
+    let image = fixture.image(&vec![0; to_usize(RUNS * 2 * 4096)]);
+    fixture.disk().create_volume("v", Origin::Image(image), None).expect("created");
+    for _ in 0..8 {
+        // The fixture panics if the lock is still held.
+        let disk = fixture.disk();
+        let volume = disk.volume("v").expect("there");
+        // Records of single blocks that do not touch, until more than half of the log is used.
+        for n in 0..RUNS {
+            volume.zero(ByteRange::new(n * 2 * 4096, 4096), Durability::Volatile).expect("zeroed");
+        }
+        volume.flush().expect("flushed");
+        drop(disk);
+        drop(volume);
+    }
+}
+
+#[test]
 fn a_held_volume_is_neither_reverted_nor_deleted_and_the_error_names_the_holder() {
     let fixture = Fixture::new();
     let disk = fixture.disk();
