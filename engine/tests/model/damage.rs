@@ -6,15 +6,17 @@ use bedplate_engine::{
     cow::{
         BlockState, LEAF_BLOCKS,
         changes::Changes,
+        frozen::{FrozenIndex, Slot, Value},
         head::HeadIndex,
         map::{
+            MAP_LOG_MAX,
             checkpoint::{self, LogLen},
-            log::{self, LOG_SECTOR_LEN, LogEnd, Replayed},
+            log::{self, ENTRIES_PER_SECTOR, LOG_SECTOR_LEN, LogEnd, Replayed},
         },
     },
     error::Corruption,
     exec::simulated::Seed,
-    units::{BlockCount, BlockRange},
+    units::{Block, BlockCount, BlockRange},
 };
 use uuid::Uuid;
 
@@ -93,8 +95,7 @@ fn check(expected: &HeadIndex, found: Result<(HeadIndex, Replayed), Corruption>,
             // Every block of the run has to be lost.
             let mut at = run.start.0;
             while at < run.end().0 {
-                let lost =
-                    replayed.lost.iter().find(|range| range.contains(bedplate_engine::units::Block(at)));
+                let lost = replayed.lost.iter().find(|range| range.contains(Block(at)));
                 let Some(lost) = lost else {
                     panic!("{what}: block {at} is {found:?} instead of {right:?} and not lost");
                 };
@@ -160,6 +161,59 @@ fn two_damaged_sectors_of_the_log_are_never_taken_for_a_torn_tail() {
             assert_eq!(verdict, if first == second { Verdict::Same } else { Verdict::Lost });
         }
     }
+}
+
+/// A map with the longest log there is, full of records of as many single blocks as a sector takes. Blocks between them
+/// are in no record.
+fn with_the_longest_log() -> Map {
+    let records = MAP_LOG_MAX / LOG_SECTOR_LEN as u64;
+    let blocks = records * ENTRIES_PER_SECTOR as u64 * 2;
+    let index = HeadIndex::new(BlockCount(blocks));
+    let log_len = LogLen::Live { least: MAP_LOG_MAX };
+    let (bytes, header) = checkpoint::encode(Uuid::from_u128(9), 3, 40, &index, log_len);
+    let log_at = bytes.len();
+    let mut map = Map { bytes, index, end: LogEnd::start(&header), log_at };
+    map.bytes.resize(log_at + usize::try_from(header.log_len).expect("small"), 0);
+    for record in 0..records {
+        // Far apart, so that what is lost falls to pieces all over the volume.
+        let runs = (0..ENTRIES_PER_SECTOR as u64).map(|n| ((n * records + record) * 2, 1, BlockState::Data));
+        map.commit(&runs.collect::<Vec<_>>());
+    }
+    assert_eq!(map.end.room(), 0);
+    map
+}
+
+#[test]
+fn the_longest_log_damaged_at_its_start_opens_with_every_later_record_and_ends() {
+    let mut map = with_the_longest_log();
+    map.bytes[map.log_at + 100] ^= 1;
+    let (index, replayed) = decode(&map.bytes).expect("the header is whole");
+    assert!(replayed.damage.is_some());
+    // All but the first record's blocks are known, and nothing in between is.
+    let known = map.end.used * ENTRIES_PER_SECTOR as u64 - ENTRIES_PER_SECTOR as u64;
+    let lost: u64 = replayed.lost.iter().map(|range| range.count.0).sum();
+    assert_eq!(lost, index.block_count().0 - known);
+    assert!(replayed.lost.is_sorted_by(|a, b| a.end() < b.start));
+    let frozen = FrozenIndex::empty().overlaid(&index, Slot(0), &replayed.lost);
+    assert_eq!(frozen.value(Block(0)), Value::Lost(Slot(0)), "of the damaged record");
+    assert_eq!(frozen.value(Block(2)), Value::Data(Slot(0)), "of the second record");
+    assert_eq!(frozen.value(Block(3)), Value::Lost(Slot(0)), "of no record");
+}
+
+#[test]
+fn the_longest_log_in_which_every_other_record_is_damaged_opens_and_ends() {
+    let mut map = with_the_longest_log();
+    for sector in (0..usize::try_from(map.end.used).expect("small")).step_by(2) {
+        map.bytes[map.log_at + sector * LOG_SECTOR_LEN + 100] ^= 1;
+    }
+    let (index, replayed) = decode(&map.bytes).expect("the header is whole");
+    // Only the last record has nothing damaged behind it.
+    let lost: u64 = replayed.lost.iter().map(|range| range.count.0).sum();
+    assert_eq!(lost, index.block_count().0 - ENTRIES_PER_SECTOR as u64);
+    let frozen = FrozenIndex::empty().overlaid(&index, Slot(0), &replayed.lost);
+    let last = Block((map.end.used - 1) * 2);
+    assert_eq!(frozen.value(last), Value::Data(Slot(0)));
+    assert_eq!(frozen.value(Block(2)), Value::Lost(Slot(0)));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use super::{Fields, checkpoint::Header, checksum, seal};
 use crate::{
-    cow::{BlockState, changes::Changes, head::HeadIndex},
+    cow::{BlockState, blocks::BlockSet, changes::Changes, head::HeadIndex},
     error::Corruption,
     units::{Block, BlockCount, BlockRange, to_usize},
 };
@@ -36,7 +36,7 @@ pub struct LogEnd {
 #[derive(Debug)]
 pub struct Replayed {
     pub end: LogEnd,
-    /// Blocks that a damaged record may have touched.
+    /// Blocks that a damaged record may have touched, in order.
     pub lost: Vec<BlockRange>,
     /// Where in the log acknowledged bytes are damaged.
     pub damage: Option<(Corruption, u64)>,
@@ -198,14 +198,18 @@ impl Sector {
 
 /// Apply the records of `log`, the whole log of the file behind `header`, to the checkpoint's `index`. `lost` are the
 /// blocks that the checkpoint has lost.
-pub fn replay(header: &Header, log: &[u8], index: &HeadIndex, mut lost: Vec<BlockRange>) -> Replayed {
+pub fn replay(header: &Header, log: &[u8], index: &HeadIndex, lost: Vec<BlockRange>) -> Replayed {
     let mut end = LogEnd::start(header);
     let sectors: Vec<Found> =
         log.chunks(LOG_SECTOR_LEN).map(|bytes| Sector::read(bytes, header.block_count)).collect();
+    // What is stated is collected, and taken out of what is lost once: there may be a million of each.
+    let mut stated = BlockSet::default();
     while let Some(record) = record_at(&sectors, &end) {
         for (run, state) in record.iter().flat_map(|sector| &sector.entries) {
             index.set(*run, *state);
-            forget(&mut lost, *run);
+            if !lost.is_empty() {
+                stated.insert(*run);
+            }
         }
         end.sequence += 1;
         end.used += record.len() as u64;
@@ -213,13 +217,16 @@ pub fn replay(header: &Header, log: &[u8], index: &HeadIndex, mut lost: Vec<Bloc
     }
     let rest = sectors.get(to_usize(end.used)..).unwrap_or_default();
     let damage = damage_in(rest, &end);
-    if damage.is_some() {
-        lost = vec![BlockRange { start: Block(0), count: header.block_count }];
+    let lost = if damage.is_some() {
+        stated = BlockSet::default();
         for (run, state) in stated_after_damage(rest, &end) {
             index.set(run, state);
-            forget(&mut lost, run);
+            stated.insert(run);
         }
-    }
+        without(&[BlockRange { start: Block(0), count: header.block_count }], &stated)
+    } else {
+        without(&lost, &stated)
+    };
     Replayed { end, lost, damage }
 }
 
@@ -292,19 +299,7 @@ fn stated_after_damage(rest: &[Found], end: &LogEnd) -> Vec<(BlockRange, BlockSt
     stated
 }
 
-/// Take `known` out of `lost`.
-fn forget(lost: &mut Vec<BlockRange>, known: BlockRange) {
-    if !lost.iter().any(|range| range.overlaps(known)) {
-        return;
-    }
-    *lost = lost
-        .iter()
-        .flat_map(|range| {
-            let before = range.start.0..range.end().0.min(known.start.0);
-            let after = range.start.0.max(known.end().0)..range.end().0;
-            [before, after]
-        })
-        .filter(|part| part.start < part.end)
-        .map(|part| BlockRange::new(part.start, part.end - part.start))
-        .collect();
+/// The blocks of `lost`, which are in order, that are not `known`.
+fn without(lost: &[BlockRange], known: &BlockSet) -> Vec<BlockRange> {
+    lost.iter().flat_map(|range| known.missing_in(*range)).collect()
 }
