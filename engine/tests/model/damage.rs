@@ -288,6 +288,56 @@ fn a_torn_record_never_goes_on_in_what_another_torn_one_left() {
     }
 }
 
+/// Append a record of `sectors` sectors of which only those in the mask `kept` reached the medium. Whether all did.
+fn commit_torn(map: &mut Map, first: u64, sectors: u64, kept: u32) -> bool {
+    let (end, index) = (map.end, decode(&map.bytes).expect("whole").0);
+    let start = map.log_at + usize::try_from(end.offset()).expect("small");
+    let before = map.bytes.clone();
+    map.commit(&Map::scattered(first, sectors));
+    let count = usize::try_from(sectors).expect("small");
+    for sector in (0..count).filter(|sector| kept >> sector & 1 == 0) {
+        let at = start + sector * LOG_SECTOR_LEN;
+        map.bytes[at..at + LOG_SECTOR_LEN].copy_from_slice(&before[at..at + LOG_SECTOR_LEN]);
+    }
+    let whole = kept == (1 << count) - 1;
+    if !whole {
+        (map.end, map.index) = (end, index);
+    }
+    whole
+}
+
+#[test]
+fn a_tail_that_stays_after_an_opening_is_never_taken_for_a_record_whatever_is_appended_and_torn_after_it() {
+    let mut histories = 0;
+    // Two openings that each leave what a torn record left, then whole records over it, then one more torn one.
+    for (stale, other) in [(4u64, 1u64), (4, 3), (3, 4)] {
+        for (kept, other_kept) in
+            (0..(1u32 << stale) - 1).flat_map(|a| (0..(1u32 << other) - 1).map(move |b| (a, b)))
+        {
+            for whole in [&[][..], &[1], &[2], &[1, 1], &[3, 1]] {
+                for (last, last_kept) in
+                    [1u64, 2, 3].into_iter().flat_map(|n| (0..1u32 << n).map(move |k| (n, k)))
+                {
+                    let mut map = Map::new();
+                    map.commit(&[(500, 8, BlockState::Data)]);
+                    commit_torn(&mut map, 1000, stale, kept);
+                    commit_torn(&mut map, 3000, other, other_kept);
+                    for (n, sectors) in whole.iter().zip(0u64..) {
+                        assert!(commit_torn(&mut map, 5000 + sectors * 1000, *n, (1 << n) - 1));
+                    }
+                    commit_torn(&mut map, 9000, last, last_kept);
+                    let what = format!(
+                        "{stale} {kept:#b}, {other} {other_kept:#b}, {whole:?}, {last} {last_kept:#b}"
+                    );
+                    assert_eq!(check(&map.index, decode(&map.bytes), &what), Verdict::Same, "{what}");
+                    histories += 1;
+                }
+            }
+        }
+    }
+    println!("{histories} histories");
+}
+
 #[test]
 fn records_of_an_older_generation_never_replay() {
     let mut old = Map::with_records();

@@ -13,10 +13,10 @@ use bedplate_engine::{
     error::Error,
     exec::storage::{
         Open, Storage,
-        memory::{CallKind, Fault, MemoryStorage},
+        memory::{CallKind, Effect, Fault, MemoryStorage},
     },
     units::ByteLen,
-    volume::{disk::Disk, life::Origin},
+    volume::{device::VolumeState, disk::Disk, life::Origin},
 };
 
 use crate::util::Images;
@@ -54,6 +54,44 @@ fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
     assert_eq!(first_byte(&disk), 7);
     drop(disk);
     assert_eq!(first_byte(&open(&Arc::new(storage.kill()))), 7);
+}
+
+/// Write the first sector's worth of entries of a record, and `last` into its second sector; of the record only the
+/// sector with this number in the log reaches the medium before the machine dies.
+fn flush_torn(storage: &Arc<MemoryStorage>, disk: &Disk, last: u64, kept: u64) -> Arc<MemoryStorage> {
+    const LOG_FIRST_SECTOR: u64 = 4096 / 512;
+    let volume = disk.volume("v").expect("there");
+    for run in (0..39).map(|n| n * 2).chain([last]) {
+        volume.write_at(&[9; 4096], run * 4096, Durability::Volatile).expect("written");
+    }
+    let mut dead = false;
+    storage.set_faults(move |call| {
+        dead |= call.kind == CallKind::Sync && call.path.contains("/map");
+        dead.then_some(Fault::Error(ErrorKind::Other))
+    });
+    volume.flush().expect_err("the machine dies");
+    Arc::new(storage.crash(|effect, outcomes| match effect {
+        Effect::Sector { sector, .. } if sector == LOG_FIRST_SECTOR + kept => outcomes - 1,
+        Effect::Sector { .. } | Effect::Length { .. } | Effect::Name { .. } => 0,
+    }))
+}
+
+#[test]
+fn a_record_that_begins_like_an_earlier_torn_one_does_not_bring_that_ones_end_back() {
+    let block = |disk: &Disk, n: u64| {
+        let mut bytes = [0];
+        disk.volume("v").expect("there").read_at(&mut bytes, n * 4096).expect("read");
+        bytes[0]
+    };
+    let (storage, made) = disk(1 << 20);
+    let storage = flush_torn(&storage, &made, 100, 1);
+    let disk = open(&storage);
+    assert_eq!(block(&disk, 100), 0, "the record was torn");
+    disk.volume("v").expect("there").flush().expect("what is read now stays");
+    let storage = flush_torn(&storage, &disk, 200, 0);
+    let disk = open(&storage);
+    assert_eq!(disk.volume("v").expect("there").state(), VolumeState::Ready);
+    assert_eq!((block(&disk, 100), block(&disk, 200)), (0, 0));
 }
 
 #[test]

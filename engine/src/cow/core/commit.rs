@@ -45,6 +45,8 @@ pub(super) enum Commit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Data,
+    /// What a torn record left behind the end of the log is overwritten with zeros.
+    Clear,
     /// Records that an earlier process appended may not be on disk; none may follow them before they are, or a crash
     /// could keep the later one alone, which reads as damage.
     Inherited,
@@ -156,6 +158,13 @@ impl Core {
                 self.commit = Commit::Idle;
             }
             (Ok(_), Stage::Data) => self.data_synced(step),
+            (Ok(_), Stage::Clear) => {
+                self.log.torn = 0;
+                if let Commit::Running { end, .. } = &mut self.commit {
+                    end.torn = 0;
+                }
+                self.sync_map(Stage::Inherited, step);
+            }
             (Ok(_), Stage::Inherited) => {
                 self.map_dirty = false;
                 self.append(step);
@@ -166,7 +175,22 @@ impl Core {
     }
 
     fn data_synced(&mut self, step: &mut Step) {
-        if self.map_dirty { self.sync_map(Stage::Inherited, step) } else { self.append(step) }
+        if self.log.torn > 0 {
+            self.clear(step);
+        } else if self.map_dirty {
+            self.sync_map(Stage::Inherited, step);
+        } else {
+            self.append(step);
+        }
+    }
+
+    fn clear(&mut self, step: &mut Step) {
+        let Commit::Running { stage, waiters, .. } = &mut self.commit else { return };
+        *stage = Stage::Clear;
+        let owner = waiters.first().copied();
+        let offset = self.log_offset + self.log.offset();
+        let bytes = vec![0; log::LOG_SECTOR_LEN * crate::units::to_usize(self.log.torn)];
+        self.act(step, owner, Pending::Commit, ActionKind::AppendLog { offset, bytes });
     }
 
     fn append(&mut self, step: &mut Step) {

@@ -28,6 +28,8 @@ pub struct LogEnd {
     pub used: u64,
     /// Sectors of the log.
     pub sectors: u64,
+    /// Sectors from the end on in which a torn record left something: to be cleared before anything is appended.
+    pub torn: u64,
     /// Checksum of the sector before the end.
     previous: u32,
 }
@@ -50,6 +52,7 @@ impl LogEnd {
             sequence: header.sequence,
             used: 0,
             sectors: header.log_len / LOG_SECTOR_LEN as u64,
+            torn: 0,
             previous: header.checksum,
         }
     }
@@ -75,7 +78,8 @@ pub fn sectors_of(entries: usize) -> u64 {
     entries.div_ceil(ENTRIES_PER_SECTOR) as u64
 }
 
-/// The record of one commit, and where the log ends after it. The caller has checked the room.
+/// The record of one commit, and where the log ends after it. The caller has checked the room and cleared what a torn
+/// record left: a part of that could go on in this one, if both begin alike.
 pub fn encode(end: &LogEnd, changes: &Changes) -> (Vec<u8>, LogEnd) {
     let entries: Vec<(BlockRange, BlockState)> =
         changes.iter().flat_map(|(run, state)| split(run, state)).collect();
@@ -216,6 +220,10 @@ pub fn replay(header: &Header, log: &[u8], index: &HeadIndex, lost: Vec<BlockRan
         end.previous = record.last().map_or(end.previous, |sector| sector.checksum);
     }
     let rest = sectors.get(to_usize(end.used)..).unwrap_or_default();
+    end.torn = rest.iter().zip(1u64..).fold(0, |torn, (found, n)| match found {
+        Found::Unused => torn,
+        Found::Intact(_) | Found::Damaged => n,
+    });
     let damage = damage_in(rest, &end);
     let lost = if damage.is_some() {
         stated = BlockSet::default();
