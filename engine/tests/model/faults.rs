@@ -31,7 +31,7 @@ use bedplate_engine::{
 use crate::{
     cells::{CELL, Cells, Content},
     disk::{self, Stack},
-    enumerated::{Before, Bench, Kind},
+    enumerated::{Before, Bench, Kind, SIZE},
     life::{Images, VOLUME, create_volume},
 };
 
@@ -222,6 +222,27 @@ fn after_a_failed_sync_what_changed_since_the_last_commit_fails_and_all_else_is_
     }
     assert!(refused > 0 && shown > 0);
     println!("{shown} sectors shown, {refused} refused");
+}
+
+#[test]
+fn when_the_first_sync_after_a_kill_fails_nothing_that_the_killed_process_may_have_written_is_read() {
+    for (before, second) in [(Before::Absent, 2 * 4096), (Before::Data, SIZE)] {
+        let mut bench = Bench::new(before, 512);
+        attempt(&mut bench, write(0, 8192, Durability::Fua), Content::Stamped).expect("no faults");
+        // In place: only the killed process knew where.
+        attempt(&mut bench, write(4096, 512, Durability::Volatile), Content::Stamped).expect("no faults");
+        let storage = Arc::new(bench.storage.kill());
+        let sim = disk::open(&storage, &bench.stack, Synced::No).expect("no faults");
+        bench = Bench { storage, sim, ..bench };
+        let hit = fail_nth(&bench, CallKind::Sync, 0, Fault::Dropped);
+        attempt(&mut bench, Op::Flush, Content::Zeros).expect_err("the data sync fails");
+        assert!(hit.load(Ordering::Relaxed));
+        for sector in 0..SIZE / 512 {
+            let found = read(&mut bench, ByteRange::new(sector * 512, 512));
+            let lost = matches!(found, Err(Error::Lost { .. }));
+            assert_eq!(lost, sector * 512 < second, "{before:?} sector {sector}: {found:?}");
+        }
+    }
 }
 
 #[test]

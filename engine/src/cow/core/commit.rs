@@ -220,6 +220,7 @@ impl Core {
             return;
         };
         self.log = end;
+        self.inherited = false;
         // Only a record that was added asks anew: a full disk is not asked again and again for the same room.
         if !cut.is_empty() && self.log.used * 2 > self.log.sectors {
             self.checkpoint_wanted = true;

@@ -251,6 +251,9 @@ pub struct Core {
     data_dirty: bool,
     /// The map file was not synced since it was opened.
     map_dirty: bool,
+    /// No commit has succeeded since the layer was opened: what a killed process had written, nobody knows where, may be
+    /// in caches only.
+    inherited: bool,
     commit: Commit,
     /// Who is answered by the next commit.
     waiters: Vec<OpId>,
@@ -296,6 +299,7 @@ impl Core {
             rewritten: Touched::default(),
             data_dirty: head.synced == Synced::No,
             map_dirty: head.synced == Synced::No,
+            inherited: head.synced == Synced::No,
             commit: Commit::Idle,
             waiters: Vec::new(),
             checkpoint: Checkpoint::Idle,
@@ -414,6 +418,7 @@ impl Core {
         self.log_offset = head.log_offset;
         self.data_dirty = head.synced == Synced::No;
         self.map_dirty = head.synced == Synced::No;
+        self.inherited = head.synced == Synced::No;
         self.resume()
     }
 
@@ -557,6 +562,9 @@ impl Core {
         self.commit.add_to(&mut blocks);
         let ended = self.landed.iter().map(|(run, _)| run).chain(self.rewritten.set().iter());
         ended.chain(self.ops.values().filter_map(OpState::blocks)).for_each(|run| blocks.insert(run));
+        if self.inherited {
+            self.index.head.written().set().iter().for_each(|run| blocks.insert(run));
+        }
         blocks
     }
 
