@@ -36,7 +36,7 @@ use crate::{
     exec::{
         blocking::{Executor, NewHead},
         head::HeadFiles,
-        housekeeper::Housekeeper,
+        housekeeper::{Housekeeper, ThreadStart},
         reserve::Reserve,
         storage::{EntryKind, Open, Storage, file::FileStorage},
         view::View,
@@ -74,6 +74,7 @@ impl std::fmt::Debug for Disk {
 pub struct Held {
     storage: Arc<dyn Storage>,
     record: DiskRecord,
+    on_thread_start: ThreadStart,
 }
 
 impl Held {
@@ -85,7 +86,13 @@ impl Held {
 
     fn over(storage: Arc<dyn Storage>) -> Result<Held> {
         let record = initialise(&*storage)?;
-        Ok(Held { storage, record })
+        Ok(Held { storage, record, on_thread_start: || {} })
+    }
+
+    /// Let every thread that carries out requests of this disk, and is not its caller's own, run `hook` first.
+    #[must_use]
+    pub fn on_thread_start(self, hook: ThreadStart) -> Held {
+        Held { on_thread_start: hook, ..self }
     }
 
     pub fn id(&self) -> Uuid {
@@ -98,7 +105,7 @@ impl Held {
         let (storage, record) = (self.storage.clone(), self.record.clone());
         let disk = Arc::new(Disk {
             reserve: Arc::new(Reserve::take(storage.clone())?),
-            housekeeper: Arc::new(Housekeeper::start()?),
+            housekeeper: Arc::new(Housekeeper::start(self.on_thread_start)?),
             storage,
             record,
             bases,

@@ -1,12 +1,18 @@
 //! The life of volumes: each operation, and all of them at random.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
 
 use bedplate_engine::{
     device::{BlockDevice, Durability},
     error::Error,
     units::{ByteLen, ByteRange, to_usize},
-    volume::{disk::Disk, life::Origin},
+    volume::{
+        disk::{Disk, Held},
+        life::Origin,
+    },
 };
 
 use crate::util::{Fixture, Rng, assert_same, content};
@@ -65,6 +71,23 @@ fn a_disk_stays_locked_while_a_volume_of_it_can_still_be_written_to() {
     assert!(matches!(second, Err(Error::InUse { .. })), "{second:?}");
     drop(volume);
     assert_eq!(&content(&*fixture.disk().volume("v").expect("there"))[..4], b"late");
+}
+
+#[test]
+fn every_thread_of_a_disk_runs_the_front_ends_hook_before_its_first_job() {
+    static STARTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    fn hook() {
+        let name = std::thread::current().name().unwrap_or_default().to_owned();
+        STARTED.lock().expect("nobody panics with it").push(name);
+    }
+    let fixture = Fixture::new();
+    let held = Held::take(&fixture.path().join("disk")).expect("taken").on_thread_start(hook);
+    let disk = held.serve(fixture.images.clone()).expect("served");
+    // Dropping a disk waits for its threads.
+    drop((held, disk));
+    let mut started = STARTED.lock().expect("nobody panics with it").clone();
+    started.sort();
+    assert_eq!(started, ["housekeeper-0", "housekeeper-1"]);
 }
 
 #[test]
