@@ -6,12 +6,12 @@
 //! they load the published [`View`] and follow it.
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
+use rustc_hash::FxHashMap;
 
 use super::{
     head::HeadFiles,
@@ -93,7 +93,7 @@ struct Live {
 #[derive(Debug)]
 struct State {
     core: Core,
-    mailboxes: HashMap<OpId, Arc<Mailbox>>,
+    mailboxes: FxHashMap<OpId, Arc<Mailbox>>,
 }
 
 /// Where the thread of an operation learns what to do.
@@ -298,7 +298,7 @@ impl Drop for Barrier<'_> {
 impl Executor {
     pub fn new(head: NewHead, housekeeper: Arc<Housekeeper>) -> Executor {
         let core = Core::new(head.state, head.files.data.write_align());
-        let state = Mutex::new(State { core, mailboxes: HashMap::new() });
+        let state = Mutex::new(State { core, mailboxes: FxHashMap::default() });
         let live = ArcSwap::from_pointee(Live { view: head.view, head: head.files });
         let (epochs, uncertain) = (Mutex::default(), OnceLock::new());
         let housekeeping = Arc::default();

@@ -16,6 +16,7 @@ use crate::{
     device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
     error::{Error, Result},
     exec::{blocking::Executor, storage::Storage, view::View},
+    image::BaseImage,
     units::{ByteLen, ByteRange},
 };
 
@@ -304,7 +305,7 @@ impl BlockDevice for Snapshot {
 
     fn submit(&self, request: Request, complete: Complete) {
         let (result, buffer) = match request {
-            Request::Read { offset, mut buffer } => (self.read_at(&mut buffer, offset), buffer),
+            Request::Read { offset, mut buffer } => (BlockDevice::read_at(self, &mut buffer, offset), buffer),
             Request::Write { data: buffer, .. } => (Err(self.refusal()), buffer),
             Request::Zero { .. } | Request::Discard { .. } => (Err(self.refusal()), Vec::new()),
             Request::Flush => (Ok(()), Vec::new()),
@@ -319,6 +320,21 @@ impl BlockDevice for Snapshot {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         check_length(buffer.len() as u64)?;
         self.view.read_at(buffer, offset)
+    }
+}
+
+/// What is copied: bytes that stay as they are.
+impl BaseImage for Snapshot {
+    fn len(&self) -> ByteLen {
+        self.view.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        BlockDevice::read_at(self, buffer, offset)
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.view.extents(range)
     }
 }
 

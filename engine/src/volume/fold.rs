@@ -9,10 +9,11 @@
 use std::sync::Arc;
 
 use super::{
+    copy::copy_blocks,
     device::Volume,
     disk::Disk,
     layer::Layer,
-    merge::{BATCH_BLOCKS, Progress, copy_blocks, punch},
+    merge::{BATCH_BLOCKS, Progress, punch},
 };
 use crate::{
     cow::BlockState,

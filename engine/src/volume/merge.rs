@@ -21,6 +21,7 @@ use std::{
 use uuid::Uuid;
 
 use super::{
+    copy::{copy_blocks, pieces},
     device::{Backend, Volume},
     disk::Disk,
     layer::{self, Layer},
@@ -37,7 +38,7 @@ use crate::{
     },
     device::BlockDevice,
     error::{Error, Result},
-    exec::{blocking::Executor, buffer::AlignedBuffer, storage::StorageFile, view::View},
+    exec::{blocking::Executor, storage::StorageFile, view::View},
     units::{Block, BlockCount, BlockRange},
 };
 
@@ -191,10 +192,7 @@ impl Disk {
         from: CopySource,
         reclaimed: Option<Slot>,
     ) -> Result<()> {
-        let mut start = blocks.start;
-        while start < blocks.end() {
-            let count = blocks.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
-            let piece = BlockRange { start, count };
+        for piece in pieces(blocks, COPY_BLOCKS_MAX) {
             match (executor.copy_up(piece, from), reclaimed) {
                 (Err(Error::NoSpace { .. }), Some(slot)) => {
                     self.give_back_below_head(executor, slot)?;
@@ -202,7 +200,6 @@ impl Disk {
                 }
                 (other, _) => other?,
             }
-            start = piece.end();
         }
         Ok(())
     }
@@ -412,18 +409,6 @@ fn merge_batch(lower: &Layer, upper: &Layer, batch: BlockRange) -> Result<()> {
             copy_blocks(&*lower.data, &*upper.data, run)?;
         }
         upper.index.set(run, state);
-    }
-    Ok(())
-}
-
-pub(super) fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: BlockRange) -> Result<()> {
-    let mut start = run.start;
-    while start < run.end() {
-        let count = run.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
-        let mut buffer = AlignedBuffer::new(count.len().as_usize());
-        from.read_at(&mut buffer, start.offset().0)?;
-        to.write_at(&buffer, start.offset().0)?;
-        start = start.plus(count);
     }
     Ok(())
 }

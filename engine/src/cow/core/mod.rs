@@ -17,11 +17,9 @@
 mod change;
 mod commit;
 
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::Arc,
-};
+use std::{collections::VecDeque, sync::Arc};
 
+use rustc_hash::FxHashMap;
 use uuid::Uuid;
 
 use self::{
@@ -233,9 +231,10 @@ pub struct Core {
     write_align: u64,
     log: LogEnd,
     log_offset: u64,
-    ops: HashMap<OpId, OpState>,
+    // Keys of both tables are numbers that we count ourselves: nobody outside chooses them.
+    ops: FxHashMap<OpId, OpState>,
     queue: VecDeque<OpId>,
-    pending: HashMap<ActionId, Pending>,
+    pending: FxHashMap<ActionId, Pending>,
     next_id: u64,
     ownership: Ownership,
     admission: Admission,
@@ -287,9 +286,9 @@ impl Core {
             write_align,
             log: head.log,
             log_offset: head.log_offset,
-            ops: HashMap::new(),
+            ops: FxHashMap::default(),
             queue: VecDeque::new(),
-            pending: HashMap::new(),
+            pending: FxHashMap::default(),
             next_id: 1,
             ownership: Ownership::default(),
             admission: Admission::Open,
