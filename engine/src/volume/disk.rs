@@ -6,7 +6,7 @@
 //! another nor the start).
 //!
 //! Locks, in this order: `maintenance` (one merge or flatten at a time), `life` (one record switch at a time), `tree`
-//! (what is open; maps are read under it, data never).
+//! (what is open; no file is read or written under it).
 
 use std::{
     collections::HashSet,
@@ -281,8 +281,7 @@ impl Disk {
     /// Open what a record describes.
     pub(super) fn open_volume(&self, record: VolumeRecord) -> Result<Volume> {
         let base = self.open_base(record.image.as_ref())?;
-        let mut tree = self.tree();
-        let frozen = tree.frozen(&*self.storage, &record, record.parent(record.head))?;
+        let frozen = self.frozen(&record, record.parent(record.head))?;
         let head = layer::open(&*self.storage, record.head)?;
         let size = ByteLen(record.size_bytes);
         // More blocks than the volume has is what a crash leaves of a resize that did not happen.
@@ -301,7 +300,7 @@ impl Disk {
                 ))
             }
             Some(reason) => {
-                let slot = tree.slot(record.head, &head.data);
+                let slot = self.tree().slot(record.head, &head.data);
                 let overlaid = frozen.index.overlaid(&head.index, slot, &head.lost);
                 let empty = HeadIndex::new(size.blocks_ceil());
                 let index = self.index(size, empty, &overlaid, base.as_ref());

@@ -273,14 +273,11 @@ impl Disk {
         let record = device.record();
         let base = self.open_base(record.image.as_ref())?;
         let size = ByteLen(size);
-        let view = {
-            let mut tree = self.tree();
-            let frozen = tree.frozen(&*self.storage, &record, Some(top))?;
-            let empty = HeadIndex::new(size.blocks_ceil());
-            let index = self.index(size, empty, &frozen.index, base.as_ref());
-            tree.add_view(&index);
-            View { index, head: None, layers: frozen.files, base }
-        };
+        let frozen = self.frozen(&record, Some(top))?;
+        let empty = HeadIndex::new(size.blocks_ceil());
+        let index = self.index(size, empty, &frozen.index, base.as_ref());
+        self.tree().add_view(&index);
+        let view = View { index, head: None, layers: frozen.files, base };
         drop(life);
         // The view holds its files open and its epoch, so the name has done its work.
         if let Some(name) = temporary {
@@ -366,14 +363,11 @@ impl Disk {
         let view = executor.view();
         let old = volume.record().head;
         let below = record.parent(record.head);
-        let prepared = {
-            let mut tree = self.tree();
-            if below == Some(old) {
-                let under = tree.frozen(&*self.storage, &record, record.parent(old));
-                under.map(|under| tree.freeze(&under, old, &view.index.head, &executor.head().data))
-            } else {
-                tree.frozen(&*self.storage, &record, below)
-            }
+        let prepared = if below == Some(old) {
+            let under = self.frozen(&record, record.parent(old));
+            under.map(|under| self.freeze_over(&under, old, &view.index.head, &executor.head().data))
+        } else {
+            self.frozen(&record, below)
         };
         let size = ByteLen(record.size_bytes);
         let uuid = head.uuid;
@@ -446,7 +440,7 @@ impl Disk {
     fn publish_volume(&self, record: VolumeRecord, head: Layer) -> Result<VolumeInfo> {
         let size = ByteLen(record.size_bytes);
         let base = self.open_base(record.image.as_ref())?;
-        let frozen = self.tree().frozen(&*self.storage, &record, record.parent(record.head))?;
+        let frozen = self.frozen(&record, record.parent(record.head))?;
         let temporary = format!("{VOLUMES}/{TEMPORARY}{}", Uuid::new_v4());
         self.storage.create_dir(&temporary)?;
         let switched = record::write_new(&*self.storage, &temporary, VOLUME_RECORD, &record)

@@ -328,7 +328,7 @@ impl Disk {
     pub(super) fn refresh(&self, volume: &Volume) -> Result<()> {
         let Backend::Live(executor) = &volume.backend else { return Ok(()) };
         let record = volume.record();
-        let frozen = self.tree().frozen(&*self.storage, &record, record.parent(record.head))?;
+        let frozen = self.frozen(&record, record.parent(record.head))?;
         executor.republish(|view| {
             let base = view.base.clone().filter(|_| record.image.is_some());
             let base_len = base.as_ref().map_or(crate::units::ByteLen(0), |base| base.len());

@@ -5,7 +5,9 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
+        mpsc,
     },
+    time::Duration,
 };
 
 use bedplate_engine::{
@@ -108,6 +110,32 @@ fn a_resize_that_finds_no_room_for_its_record_leaves_the_volume_as_it_was_and_wr
     volume.write_at(&[7; 4096], 61440, Durability::Fua).expect("written");
     assert!(volume.write_at(&[7; 4096], 65536, Durability::Fua).is_err());
     disk.resize("v", ByteLen(1 << 20)).expect("there is room now");
+}
+
+#[test]
+fn a_volume_is_looked_up_while_the_maps_of_another_are_being_read() {
+    let (storage, made) = disk(65536);
+    made.create_snapshot("v", "old").expect("taken");
+    made.create_snapshot("v", "new").expect("taken");
+    drop(made);
+    let storage = Arc::new(storage.kill());
+    let disk = open(&storage);
+    let (looked_up, waited) = mpsc::channel();
+    let other = disk.clone();
+    storage.set_faults(move |call| {
+        if call.kind == CallKind::Read && call.path.ends_with("/map") {
+            let (other, found) = (other.clone(), mpsc::channel());
+            std::thread::spawn(move || found.0.send(other.volume("v").is_ok()));
+            // Told only while the map is being read: this call waits for it.
+            let _ = looked_up.send(found.1.recv_timeout(Duration::from_secs(10)));
+        }
+        None
+    });
+    // Its index was not needed so far.
+    drop(disk.view("v", Some("old")).expect("viewed"));
+    storage.clear_faults();
+    let found: Vec<_> = waited.try_iter().collect();
+    assert!(!found.is_empty() && found.iter().all(|found| *found == Ok(true)), "{found:?}");
 }
 
 #[test]
