@@ -17,11 +17,11 @@ use bedplate_engine::{
         Open, Storage,
         memory::{CallKind, Effect, Fault, MemoryStorage},
     },
-    units::ByteLen,
+    units::{ByteLen, ByteRange},
     volume::{device::VolumeState, disk::Disk, life::Origin},
 };
 
-use crate::util::Images;
+use crate::util::{Images, content};
 
 fn open(storage: &Arc<MemoryStorage>) -> Arc<Disk> {
     Disk::open_storage(storage.clone(), Arc::<Images>::default()).expect("the disk opens")
@@ -33,6 +33,12 @@ fn disk(size: u64) -> (Arc<MemoryStorage>, Arc<Disk>) {
     let disk = open(&storage);
     disk.create_volume("v", Origin::Empty, Some(ByteLen(size))).expect("created");
     (storage, disk)
+}
+
+/// Bytes taken by anything but the reserve.
+fn used(storage: &MemoryStorage) -> u64 {
+    let reserve = storage.open("reserve", Open::Read).expect("there");
+    storage.used_bytes() - reserve.len().expect("known")
 }
 
 fn first_byte(disk: &Disk) -> u8 {
@@ -152,9 +158,57 @@ fn a_full_disk_flushes_discards_and_deletes_a_snapshot() {
     volume.flush().expect("what was acknowledged is flushed");
     disk.delete_snapshot("v", "s").expect("deleted");
     disk.reclaim(|| true).expect("reclaimed");
-    volume.discard(bedplate_engine::units::ByteRange::new(0, 1 << 20)).expect("discarded");
+    volume.discard(ByteRange::new(0, 1 << 20)).expect("discarded");
     volume.flush().expect("flushed");
     volume.write_at(&[3; 4096], 0, Durability::Fua).expect("there is room again");
+}
+
+#[test]
+fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_crash_at_any_step_loses_nothing()
+{
+    const BLOCKS: u64 = 1024;
+    let storage = Arc::new(MemoryStorage::new(512));
+    storage.limit(3 << 20);
+    let made = open(&storage);
+    made.create_volume("v", Origin::Empty, Some(ByteLen(BLOCKS * 4096))).expect("created");
+    let volume = made.volume("v").expect("there");
+    let write = |block: u64, value: u8| volume.write_at(&[value; 4096], block * 4096, Durability::Volatile);
+    // A large layer, and over it a smaller one of which every third block hides one of the large layer's.
+    (0..300).for_each(|n| write(n, 1).expect("there is room"));
+    made.create_snapshot("v", "large").expect("taken");
+    (0..150).for_each(|n| write(if n % 3 == 0 { n } else { 400 + n * 2 }, 2).expect("there is room"));
+    volume.discard(ByteRange::new(200 * 4096, 5 * 4096)).expect("discarded");
+    made.create_snapshot("v", "small").expect("taken");
+    let full = (700..BLOCKS).find_map(|n| write(n, 3).err());
+    assert!(matches!(full, Some(Error::NoSpace { .. })), "{full:?}");
+    volume.flush().expect("a full disk flushes");
+    let contents = |disk: &Disk| {
+        let volume = disk.volume("v").expect("there");
+        [content(&*volume), content(&disk.view("v", Some("small")).expect("viewed"))]
+    };
+    let expected = contents(&made);
+    made.delete_snapshot("v", "large").expect("deleted");
+    let before = used(&storage);
+    storage.record_cuts();
+    made.reclaim(|| true).expect("there is always room for a step");
+    let cuts = storage.take_cuts();
+    let given_back = before - used(&storage);
+    assert!(given_back >= (50 + 5) * 4096, "only {given_back} bytes");
+    assert_eq!(volume.info().layer_count, 2);
+    assert!(contents(&made) == expected);
+    let punched = cuts.len();
+    for (n, cut) in cuts.into_iter().enumerate().filter(|(n, _)| n % 5 == 0 || n + 1 == punched) {
+        for newest in [false, true] {
+            let left = Arc::new(cut.crash(|_, outcomes| if newest { outcomes - 1 } else { 0 }));
+            let disk = open(&left);
+            assert!(contents(&disk) == expected, "cut {n} of {punched}, newest {newest}");
+            if n % 50 == 0 {
+                disk.reclaim(|| true).expect("what is left is done");
+                assert!(contents(&disk) == expected, "cut {n} of {punched}, newest {newest}, reclaimed");
+                assert_eq!(disk.volume("v").expect("there").info().layer_count, 2);
+            }
+        }
+    }
 }
 
 #[test]
