@@ -7,7 +7,7 @@
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -16,6 +16,7 @@ use rustc_hash::FxHashMap;
 use super::{
     head::HeadFiles,
     housekeeper::Housekeeper,
+    pauses::Pauses,
     request::Buffers,
     view::{View, uncertain_bytes},
 };
@@ -53,6 +54,7 @@ struct Shared {
     uncertain: OnceLock<Arc<BlockSet>>,
     housekeeper: Arc<Housekeeper>,
     housekeeping: Arc<Housekeeping>,
+    pauses: Mutex<Pauses>,
 }
 
 /// Actions of this volume that the housekeeper has. Apart from [`Shared`], which each of them holds.
@@ -246,6 +248,7 @@ impl Shared {
 #[must_use = "changes queue until this is dropped"]
 pub struct Barrier<'a> {
     executor: &'a Executor,
+    since: Instant,
     ended: bool,
 }
 
@@ -282,10 +285,11 @@ impl Barrier<'_> {
 
 impl Drop for Barrier<'_> {
     fn drop(&mut self) {
+        let shared = &self.executor.shared;
+        shared.pauses.lock().unwrap_or_else(PoisonError::into_inner).add(self.since.elapsed());
         if self.ended {
             return;
         }
-        let shared = &self.executor.shared;
         let housekeeping = {
             let mut state = shared.lock();
             let step = state.core.resume();
@@ -301,8 +305,9 @@ impl Executor {
         let state = Mutex::new(State { core, mailboxes: FxHashMap::default() });
         let live = ArcSwap::from_pointee(Live { view: head.view, head: head.files });
         let (epochs, uncertain) = (Mutex::default(), OnceLock::new());
-        let housekeeping = Arc::default();
-        Executor { shared: Arc::new(Shared { state, live, epochs, uncertain, housekeeper, housekeeping }) }
+        let (housekeeping, pauses) = (Arc::default(), Mutex::default());
+        let shared = Shared { state, live, epochs, uncertain, housekeeper, housekeeping, pauses };
+        Executor { shared: Arc::new(shared) }
     }
 
     /// What reads follow now.
@@ -344,8 +349,14 @@ impl Executor {
     /// Stop admitting changes, wait for those under way, commit. The sync that comes first keeps the pause short.
     pub fn barrier(&self) -> Result<Barrier<'_>> {
         self.flush()?;
+        let since = Instant::now();
         self.shared.run(Op::Barrier, &mut Buffers::default())?;
-        Ok(Barrier { executor: self, ended: false })
+        Ok(Barrier { executor: self, since, ended: false })
+    }
+
+    /// How long changes had to wait for life operations so far.
+    pub fn pauses(&self) -> Pauses {
+        *self.shared.pauses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bring blocks up into the head. At most [`COPY_BLOCKS_MAX`](crate::cow::core::COPY_BLOCKS_MAX) blocks.

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
     error::{Error, Result},
-    exec::{blocking::Executor, storage::Storage, view::View},
+    exec::{blocking::Executor, pauses::Pauses, storage::Storage, view::View},
     image::BaseImage,
     units::{ByteLen, ByteRange},
 };
@@ -78,6 +78,8 @@ pub struct VolumeInfo {
     pub layer_count: usize,
     /// Who holds it.
     pub holders: Vec<String>,
+    /// How long life operations (snapshot, clone, revert, resize) made changes wait since the volume was opened.
+    pub pauses: Pauses,
     pub created_at: Timestamp,
 }
 
@@ -208,6 +210,7 @@ impl Volume {
             layer_count: record.layers.len(),
             state: self.state(),
             holders: self.in_use().holders.values().cloned().collect(),
+            pauses: self.executor().map(Executor::pauses).unwrap_or_default(),
             created_at: record.created_at,
             name: record.name,
             image: record.image,

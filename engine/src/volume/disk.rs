@@ -37,6 +37,7 @@ use crate::{
         blocking::{Executor, NewHead},
         head::HeadFiles,
         housekeeper::{Housekeeper, ThreadStart},
+        pauses::Pauses,
         reserve::Reserve,
         storage::{EntryKind, Open, Storage, file::FileStorage},
         view::View,
@@ -438,6 +439,7 @@ fn broken_info(broken: Broken) -> VolumeInfo {
         image: record.and_then(|record| record.image),
         state: VolumeState::Failed { reason: broken.reason },
         holders: Vec::new(),
+        pauses: Pauses::default(),
     }
 }
 

@@ -4,10 +4,7 @@
 //! comes, what is left to do after it is done again at the next start (invariant 6). Those that change a head run
 //! behind a barrier, while reads go on: sync early, stop admitting, wait, commit, make files, switch, admit again.
 
-use std::{
-    sync::{Arc, MutexGuard, PoisonError},
-    time::Instant,
-};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -329,7 +326,6 @@ impl Disk {
         }
         let frozen = record.head;
         let barrier = executor.barrier()?;
-        let paused = Instant::now();
         let end = executor.log_end();
         let size = ByteLen(record.size_bytes);
         let head = self.make_layer(size.blocks_ceil())?;
@@ -342,7 +338,7 @@ impl Disk {
             created_at: Timestamp::now(),
         }));
         let index = self.switch_head(volume, executor, barrier, record, head)?;
-        tracing::debug!(volume = %volume.name(), pause = ?paused.elapsed(), "frozen");
+        tracing::debug!(volume = %volume.name(), pause = ?executor.pauses().last, "frozen");
         // Its log is not needed any more. Failing leaves it as it is, which reads the same.
         if let Err(error) = layer::rewrite_map(&*self.storage, frozen, &end, &index, LogLen::Sealed) {
             tracing::warn!(layer = %frozen, %error, "the frozen layer keeps its log");

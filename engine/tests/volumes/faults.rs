@@ -13,9 +13,12 @@ use std::{
 use bedplate_engine::{
     device::{BlockDevice, Durability},
     error::Error,
-    exec::storage::{
-        Open, Storage,
-        memory::{CallKind, Effect, Fault, MemoryStorage},
+    exec::{
+        pauses::Pauses,
+        storage::{
+            Open, Storage,
+            memory::{CallKind, Effect, Fault, MemoryStorage},
+        },
     },
     units::{ByteLen, ByteRange},
     volume::{device::VolumeState, disk::Disk, life::Origin},
@@ -116,6 +119,47 @@ fn a_resize_that_finds_no_room_for_its_record_leaves_the_volume_as_it_was_and_wr
     volume.write_at(&[7; 4096], 61440, Durability::Fua).expect("written");
     assert!(volume.write_at(&[7; 4096], 65536, Durability::Fua).is_err());
     disk.resize("v", ByteLen(1 << 20)).expect("there is room now");
+}
+
+/// Calls of `work` that wait for the medium.
+fn syncs_of(storage: &MemoryStorage, work: impl FnOnce()) -> u32 {
+    let count = Arc::new(AtomicU32::new(0));
+    let seen = count.clone();
+    storage.set_faults(move |call| {
+        if matches!(call.kind, CallKind::Sync | CallKind::SyncDir) {
+            seen.fetch_add(1, Ordering::Relaxed);
+        }
+        None
+    });
+    work();
+    storage.clear_faults();
+    count.load(Ordering::Relaxed)
+}
+
+#[test]
+fn creating_a_volume_takes_six_syncs_whatever_its_size_and_cloning_a_snapshot_no_more() {
+    let (storage, disk) = disk(65536);
+    for size in [1 << 20, 1 << 40] {
+        let create = || {
+            disk.create_volume(&format!("v{size}"), Origin::Empty, Some(ByteLen(size))).expect("created");
+        };
+        // The map, the layer's directory, the layers'; the record, its directory, the volumes'.
+        assert_eq!(syncs_of(&storage, create), 6);
+    }
+    disk.create_snapshot("v", "s").expect("taken");
+    assert_eq!(syncs_of(&storage, || drop(disk.clone_volume("v", Some("s"), "c").expect("cloned"))), 6);
+}
+
+#[test]
+fn the_pause_of_a_snapshot_is_measured_and_a_volume_that_had_none_says_so() {
+    let (_, disk) = disk(65536);
+    let volume = disk.volume("v").expect("there");
+    assert_eq!(volume.info().pauses, Pauses::default());
+    let info = disk.create_snapshot("v", "s").expect("taken");
+    assert_eq!(info.pauses.count, 1);
+    assert!(info.pauses.last > Duration::ZERO && info.pauses.longest == info.pauses.total);
+    disk.clone_volume("v", None, "c").expect("cloned");
+    assert_eq!((volume.info().pauses.count, disk.volume("c").expect("there").info().pauses.count), (2, 0));
 }
 
 #[test]
