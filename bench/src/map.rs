@@ -245,6 +245,12 @@ fn measure_create(path: &Path) -> Result<Figures> {
         disk.create_volume(&format!("v{n}"), Origin::Empty, Some(ByteLen(TIB)))?;
         times.push(millis(start));
     }
+    // Without clients: what a snapshot itself makes changes wait.
+    let mut pauses = Vec::new();
+    for n in 0..9 {
+        let info = disk.create_snapshot("v0", &format!("s{n}"))?;
+        pauses.push(info.pauses.last.as_secs_f64() * 1e3);
+    }
     for n in 0..9 {
         disk.delete_volume(&format!("v{n}"))?;
     }
@@ -258,7 +264,11 @@ fn measure_create(path: &Path) -> Result<Figures> {
     }
     let sync = millis(start) / 8.0;
     probe.remove_file("probe")?;
-    Ok(BTreeMap::from([("create_ms".into(), Figure::of(times).median), ("sync_ms".into(), sync)]))
+    Ok(BTreeMap::from([
+        ("create_ms".into(), Figure::of(times).median),
+        ("snapshot_pause_ms".into(), Figure::of(pauses).median),
+        ("sync_ms".into(), sync),
+    ]))
 }
 
 fn make_empty(path: &Path) -> Result<()> {

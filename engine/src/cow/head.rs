@@ -16,8 +16,11 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use super::{BlockState, LEAF_BITMAP_BYTES, LEAF_BLOCKS, LEAF_WORDS, leaf_count};
+use super::{BlockState, LEAF_BITMAP_BYTES, LEAF_BLOCKS, LEAF_WORDS, blocks::Touched, leaf_count};
 use crate::units::{Block, BlockCount, BlockRange, to_usize};
+
+/// Runs of one leaf that [`HeadIndex::written`] tells apart.
+const WRITTEN_RUNS_MAX: usize = 64;
 
 type Bits = Box<[AtomicU64; LEAF_WORDS]>;
 
@@ -249,6 +252,23 @@ impl HeadIndex {
                 (run, state)
             })
         })
+    }
+
+    /// At least every block that is not absent, in few runs: a leaf of more than [`WRITTEN_RUNS_MAX`] counts whole.
+    pub fn written(&self) -> Touched {
+        let mut written = Touched::default();
+        for number in (0..self.leaves.len()).filter(|number| self.leaf(*number).is_some()) {
+            let start = number as u64 * LEAF_BLOCKS;
+            let all = BlockRange::new(start, LEAF_BLOCKS.min(self.block_count.0 - start));
+            let mut runs =
+                self.runs(all).filter(|(_, state)| *state != BlockState::Absent).map(|(run, _)| run);
+            let first: Vec<BlockRange> = runs.by_ref().take(WRITTEN_RUNS_MAX).collect();
+            match runs.next() {
+                None => first.into_iter().for_each(|run| written.add(run)),
+                Some(_) => written.add(all),
+            }
+        }
+        written
     }
 
     /// Heap bytes of this index.

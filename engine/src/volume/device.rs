@@ -15,7 +15,8 @@ use super::{
 use crate::{
     device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
     error::{Error, Result},
-    exec::{blocking::Executor, storage::Storage, view::View},
+    exec::{blocking::Executor, pauses::Pauses, storage::Storage, view::View},
+    image::BaseImage,
     units::{ByteLen, ByteRange},
 };
 
@@ -77,6 +78,8 @@ pub struct VolumeInfo {
     pub layer_count: usize,
     /// Who holds it.
     pub holders: Vec<String>,
+    /// How long life operations (snapshot, clone, revert, resize) made changes wait since the volume was opened.
+    pub pauses: Pauses,
     pub created_at: Timestamp,
 }
 
@@ -207,6 +210,7 @@ impl Volume {
             layer_count: record.layers.len(),
             state: self.state(),
             holders: self.in_use().holders.values().cloned().collect(),
+            pauses: self.executor().map(Executor::pauses).unwrap_or_default(),
             created_at: record.created_at,
             name: record.name,
             image: record.image,
@@ -243,7 +247,10 @@ impl BlockDevice for Volume {
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
-        self.view().extents(range)
+        match &self.backend {
+            Backend::Live(executor) => executor.extents(range),
+            Backend::ReadOnly { view, .. } => view.extents(range),
+        }
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -301,7 +308,7 @@ impl BlockDevice for Snapshot {
 
     fn submit(&self, request: Request, complete: Complete) {
         let (result, buffer) = match request {
-            Request::Read { offset, mut buffer } => (self.read_at(&mut buffer, offset), buffer),
+            Request::Read { offset, mut buffer } => (BlockDevice::read_at(self, &mut buffer, offset), buffer),
             Request::Write { data: buffer, .. } => (Err(self.refusal()), buffer),
             Request::Zero { .. } | Request::Discard { .. } => (Err(self.refusal()), Vec::new()),
             Request::Flush => (Ok(()), Vec::new()),
@@ -316,6 +323,21 @@ impl BlockDevice for Snapshot {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         check_length(buffer.len() as u64)?;
         self.view.read_at(buffer, offset)
+    }
+}
+
+/// What is copied: bytes that stay as they are.
+impl BaseImage for Snapshot {
+    fn len(&self) -> ByteLen {
+        self.view.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        BlockDevice::read_at(self, buffer, offset)
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.view.extents(range)
     }
 }
 

@@ -99,6 +99,11 @@ pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
         .damage
         .map(|(what, at)| format!("{what}, at byte {} of {}", header.log_offset + at, map.path().display()));
     let data = storage.open(&data_path(&dir), Open::Direct)?;
+    let marked = read_fault(storage, &dir)?;
+    if marked.is_some() {
+        // Where the file system cannot read past the page cache, that still holds what a failed sync did not write.
+        data.drop_cache()?;
+    }
     // The length is only made durable together with data.
     let wanted = header.block_count.len().0;
     if data.len()? < wanted {
@@ -111,7 +116,7 @@ pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
         log: replayed.end,
         log_offset: header.log_offset,
         lost: replayed.lost,
-        fault: damaged_log.or(damaged_leaf).or(read_fault(storage, &dir)?),
+        fault: damaged_log.or(damaged_leaf).or(marked),
         map,
     })
 }
