@@ -1,0 +1,2 @@
+def write(shop, entries, pool):
+    return []
