@@ -269,7 +269,8 @@ def chains():
 
     def on(name, backing, size=MIB, options=None, extra=(), then=(), recorded=None, form="qcow2"):
         chosen = (backing, form, recorded or backing)
-        return Recipe(name, size, options or {}, over + list(extra), list(then), chosen, features=frozenset({"chain"}))
+        features = {"chain", "over_extl2"} if backing.startswith("extl2") else {"chain"}
+        return Recipe(name, size, options or {}, over + list(extra), list(then), chosen, features=frozenset(features))
 
     yield on("over_raw", "base.raw", form="raw")
     yield on("over_raw_short", "short.raw", form="raw")
