@@ -99,7 +99,7 @@ def table_entries():
     }.items():
         yield Case(f"l2_entry_{name}", PLAIN, entry(3, change), lost("L2", [3]))
     yield Case("v2_zero_flag", "v2_cluster_65536", entry(3, lambda _, old: old | 1), lost("L2", [3]))
-    table = lambda image: image.data.__setitem__(slice(image.l2_table(), image.l2_table() + 4096), b"\xff" * 4096)
+    table = lambda image: image.put(image.l2_table(), (1 << 8 * 4096) - 1, 4096)
     yield Case("l2_table_all_ones", MEDIUM, table, lost_somehow("", *range(256)))
     yield Case("l2_table_of_garbage", SMALL, garbage_table, lost_table("L2", 16))
 
@@ -201,7 +201,7 @@ def refcounts():
     yield Case("refcount_block_unaligned", PLAIN, crooked, readable(1))
     reserved = lambda image: image.put(image["refcount_table_offset"], image.refcount_block_at() | 1)
     yield Case("refcount_table_reserved_bits", PLAIN, reserved, readable(2))
-    zeros = lambda image: image.data.__setitem__(slice(image.refcount_block_at(), image.refcount_block_at() + 64), bytes(64))
+    zeros = lambda image: image.put(image.refcount_block_at(), 0, 64)
     yield Case("refcounts_all_zero", PLAIN, zeros, readable(2))
     flag = entry(2, lambda _, old: old | layout.COPIED)
     yield Case("copied_flag_on_compressed", "zlib_65536", flag, readable(2))

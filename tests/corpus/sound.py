@@ -134,7 +134,8 @@ def compression():
         # Written in one go, so that streams share host clusters and the last one ends the file.
         source = [(0, "0", 300 * KIB), (320 * KIB, "noise", 70 * KIB), (MIB - 40 * KIB, "3", 40 * KIB)]
         yield Recipe(f"{method}_packed", MIB, {"compression_type": method}, source=source)
-        yield Recipe(f"{method}_odd_tail", MIB + 512, {"compression_type": method}, source=[(900 * KIB, "5", 124 * KIB + 512)])
+        source = [(900 * KIB, "5", 124 * KIB + 512)]
+        yield Recipe(f"{method}_odd_tail", MIB + 512, {"compression_type": method}, source=source)
     for cluster in (4 * KIB, 64 * KIB):
         options = {"cluster_size": cluster, "compat": "0.10"}
         yield Recipe(f"v2_zlib_{cluster}", MIB, options, compressed(MIB, cluster))
@@ -155,9 +156,9 @@ def zeros():
 def subclusters(cluster):
     sub = cluster // 32
     return [
-        w(0, 0, cluster), w(1, cluster + sub, sub), w(2, 2 * cluster + 3 * sub + 512, 2 * sub), w(3, 3 * cluster, cluster),
-        z(3 * cluster + 4 * sub, 5 * sub), discard(3 * cluster + 16 * sub, 4 * sub), z(4 * cluster, cluster),
-        z(5 * cluster + sub, 7 * sub), w(4, 6 * cluster - 512, 512),
+        w(0, 0, cluster), w(1, cluster + sub, sub), w(2, 2 * cluster + 3 * sub + 512, 2 * sub),
+        w(3, 3 * cluster, cluster), z(3 * cluster + 4 * sub, 5 * sub), discard(3 * cluster + 16 * sub, 4 * sub),
+        z(4 * cluster, cluster), z(5 * cluster + sub, 7 * sub), w(4, 6 * cluster - 512, 512),
     ]
 
 
@@ -192,7 +193,8 @@ def states():
 
 def snapshots():
     c = 64 * KIB
-    then = [snap("first"), commands(w(1, 0, 2 * c), z(3 * c, c)), snap("second"), commands(w(2, c, c), discard(5 * c, c))]
+    between, after = commands(w(1, 0, 2 * c), z(3 * c, c)), commands(w(2, c, c), discard(5 * c, c))
+    then = [snap("first"), between, snap("second"), after]
     yield Recipe("snapshots", MIB, {}, [w(0, 0, 8 * c)], then)
     yield Recipe("v2_snapshots", MIB, {"compat": "0.10"}, [w(0, 0, 8 * c)], then)
     yield Recipe("snapshots_4k", MIB, {"cluster_size": 4 * KIB}, [w(0, 0, 8 * c)], then)
