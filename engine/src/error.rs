@@ -7,7 +7,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use crate::units::ByteOffset;
+use crate::units::{ByteOffset, ByteRange};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -76,6 +76,47 @@ pub enum Corruption {
     LogGap { sequence: u64 },
     #[error("not a valid record: {0}")]
     Record(String),
+    /// An entry of a table that says what it cannot say.
+    #[error("{table} entry {index} ({value:#018x}) {problem}")]
+    Entry { table: &'static str, index: u64, value: u64, problem: EntryProblem },
+    /// Compressed bytes that do not become what they should.
+    #[error("compressed data {0}")]
+    Compressed(DecodeProblem),
+    /// `what` is wrong, and that is where the bytes of the image's range `lost` would come from.
+    #[error("{what}; the image's {lost} cannot be read")]
+    Lost { what: Box<Corruption>, lost: ByteRange },
+}
+
+/// What is wrong with an entry of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EntryProblem {
+    #[error("points past the end of the file")]
+    PastEnd,
+    #[error("is cut off by the end of the file")]
+    CutOff,
+    #[error("is not aligned to a cluster")]
+    Unaligned,
+    #[error("has reserved bits set")]
+    Reserved,
+    #[error("points at the file's own metadata")]
+    Metadata,
+    #[error("points where an earlier entry points")]
+    Shared,
+    #[error("calls the same part allocated and zero")]
+    Contradiction,
+    #[error("calls a part allocated, but says not where")]
+    Nowhere,
+}
+
+/// What is wrong with compressed bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeProblem {
+    #[error("cannot be decoded")]
+    Garbage,
+    #[error("decodes to less than a cluster")]
+    Short,
+    #[error("decodes to more than a cluster")]
+    Long,
 }
 
 impl Error {

@@ -8,7 +8,7 @@ import struct
 import zlib
 
 import layout
-from expect import Case, corrupt, lost, lost_somehow, lost_table, readable, undecodable, unlisted
+from expect import Case, corrupt, lost, lost_ranges, lost_somehow, lost_table, readable, undecodable, unlisted
 
 PLAIN = "v3_cluster_65536"
 # Thirty-two L2 tables of one 512-byte cluster, of which 0, 16 and 31 exist.
@@ -43,7 +43,7 @@ def past_the_end():
     cut = lambda image: image.data.__delitem__(slice(image["l1_table_offset"], None))
     yield Case("file_ends_before_l1_table", PLAIN, cut, corrupt("L1"))
     cut = lambda image: image.data.__delitem__(slice(image.l2_table() + 1024, None))
-    yield Case("file_ends_in_l2_table", MEDIUM, cut, corrupt("L1"))
+    yield Case("file_ends_in_l2_table", MEDIUM, cut, lost_ranges("L2", behind_l2_entry_128))
     cut = lambda image: image.data.__delitem__(slice(image.l2_table(), None))
     yield Case("file_ends_before_l2_table", PLAIN, cut, corrupt("L1"))
 
@@ -55,14 +55,23 @@ def past_the_end():
     yield Case("v2_data_past_end", "v2_cluster_65536", v2, lost("L2", [3]))
     # The file ends in the last cluster, all of which the image needs.
     cut = lambda image: image.data.__delitem__(slice(image.host(7) + 512, None))
-    yield Case("file_ends_in_data", "zero_allocated", cut, lost("L2", [7]))
+    rest = lambda image: [(7 * C + 512, C - 512)]
+    yield Case("file_ends_in_data", "zero_allocated", cut, lost_ranges("L2", rest))
     cut = lambda image: image.data.__delitem__(slice(image.host(7), None))
     yield Case("file_ends_before_data", "zero_allocated", cut, lost("L2", [7]))
     cut = lambda image: image.data.__delitem__(slice(image.host(5), None))
     yield Case("file_ends_three_clusters_early", "zero_allocated", cut, lost("L2", [5, 6, 7]))
     # Allocated subclusters lie behind the end, not only unallocated ones.
     cut = lambda image: image.data.__delitem__(slice(image.host(1) + 70 * 1024, None))
-    yield Case("extl2_file_ends_in_subcluster", "extl2_last_cluster_cut", cut, lost("L2", [1]))
+    rest = lambda image: [(image.cluster + 70 * 1024, 58 * 1024)]
+    yield Case("extl2_file_ends_in_subcluster", "extl2_last_cluster_cut", cut, lost_ranges("L2", rest))
+
+
+def behind_l2_entry_128(image):
+    """What is lost when the file ends there: the data, which comes later, and all that the missing entries map."""
+    data = [i for i in range(128) if image.host(i) and not image.entry(i) & layout.ZERO]
+    lost = data + list(range(128, image["size"] // image.cluster))
+    return [(i * image.cluster, image.cluster) for i in lost]
 
 
 def table_entries():
@@ -99,6 +108,8 @@ def table_entries():
     }.items():
         yield Case(f"l2_entry_{name}", PLAIN, entry(3, change), lost("L2", [3]))
     yield Case("v2_zero_flag", "v2_cluster_65536", entry(3, lambda _, old: old | 1), lost("L2", [3]))
+    flag = entry(2, lambda _, old: old | layout.COPIED)
+    yield Case("copied_flag_on_compressed", "zlib_65536", flag, lost("L2", [2]))
     table = lambda image: image.put(image.l2_table(), (1 << 8 * 4096) - 1, 4096)
     yield Case("l2_table_all_ones", MEDIUM, table, lost_somehow("", *range(256)))
     yield Case("l2_table_of_garbage", SMALL, garbage_table, lost_table("L2", 16))
@@ -203,8 +214,6 @@ def refcounts():
     yield Case("refcount_table_reserved_bits", PLAIN, reserved, readable(2))
     zeros = lambda image: image.put(image.refcount_block_at(), 0, 64)
     yield Case("refcounts_all_zero", PLAIN, zeros, readable(2))
-    flag = entry(2, lambda _, old: old | layout.COPIED)
-    yield Case("copied_flag_on_compressed", "zlib_65536", flag, readable(2))
 
 
 def snapshots():

@@ -61,6 +61,11 @@ def lost(naming, clusters=(), found_by="verify"):
     return lambda image, case: _lost(case, naming, [_cluster_range(image, c) for c in clusters], found_by)
 
 
+def lost_ranges(naming, ranges):
+    """What `ranges`, given the sound image, says is lost: (start, length) of guest bytes."""
+    return lambda image, case: _lost(case, naming, [list(r) for r in ranges(image)], "verify")
+
+
 def lost_table(naming, index):
     """Everything under one L2 table is lost."""
 

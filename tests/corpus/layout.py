@@ -169,6 +169,14 @@ class Qcow2:
         self["backing_file_offset"] = at
         self["backing_file_size"] = len(name)
 
+    def snapshot_sizes(self):
+        """Virtual size of the disk at each internal snapshot, in order."""
+        at = self["snapshots_offset"]
+        for _ in range(self["nb_snapshots"]):
+            id_size, name_size = struct.unpack_from(">HH", self.data, at + 12)
+            yield self.get(at + 48)
+            at += -(-(40 + self.get(at + 36, 4) + id_size + name_size) // 8) * 8
+
     def snapshot_at(self, field):
         """Offset and width of a field of the first snapshot table entry."""
         at, width = SNAPSHOT[field]

@@ -86,20 +86,20 @@ def io(path, commands):
         raise Failed(f"{path}: {said[-600:]}")
 
 
-def convert(source, target, source_format="qcow2", snapshot=None):
+def convert(source, target, snapshot=None):
     """Decode `source` (or one of its internal snapshots) to a raw file."""
-    argv = ["qemu-img", "convert", "-U", "-f", source_format, "-O", "raw"]
+    argv = ["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw"]
     if snapshot is not None:
         argv += ["-l", f"snapshot.id={snapshot}"]
     run(*argv, source, target)
 
 
-def digest(path, snapshot=None, source_format="qcow2"):
-    """Length and SHA-512 of the content as qemu-img reads it."""
+def digest(path, snapshot=None, length=None):
+    """Length and SHA-512 of the content as qemu-img reads it, or of its first `length` bytes."""
     raw = f"{path}.raw"
     try:
-        convert(path, raw, source_format, snapshot)
-        return file_digest(raw)
+        convert(path, raw, snapshot)
+        return file_digest(raw, length)
     finally:
         if os.path.exists(raw):
             os.unlink(raw)
@@ -108,7 +108,9 @@ def digest(path, snapshot=None, source_format="qcow2"):
 def file_digest(path, length=None):
     """Length and SHA-512 of a file, or of what is in front of `length`."""
     with open(path, "rb") as f:
-        data = f.read() if length is None else f.read(length)
+        data = f.read(length)
+    if length is not None and len(data) != length:
+        raise Failed(f"{path}: {len(data)} bytes, not {length}")
     return len(data), hashlib.sha512(data).hexdigest()
 
 

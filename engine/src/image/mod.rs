@@ -1,8 +1,9 @@
 //! What a base is made of.
 //!
 //! Owns [`BaseImage`], the boundary between image formats and copy-on-write: immutable bytes of a known length, read
-//! from any thread without a lock. [`raw`] is the only format so far; [`Format::of`] tells formats by their magic.
+//! from any thread without a lock. The formats are [`raw`] and [`qcow2`]; [`Format::of`] tells them by their magic.
 
+pub mod qcow2;
 pub mod raw;
 
 use std::{fmt, sync::Arc};

@@ -5,7 +5,7 @@
 
 use std::{
     panic::{self, AssertUnwindSafe},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -242,7 +242,7 @@ fn reads_as(corpus: &Path, path: &Path, otherwise: &Path) -> Result<Qcow2Image, 
 }
 
 /// What the sound image reads that a damaged one was made of; it is judged by an entry of its own.
-fn original(corpus: &Path, file: &PathBuf) -> Result<Vec<u8>, String> {
+fn original(corpus: &Path, file: &Path) -> Result<Vec<u8>, String> {
     let image = subject::open(&subject::within(corpus, file), &View::Active).map_err(|e| e.to_string())?;
     subject::content(&image)
 }

@@ -48,6 +48,7 @@ fn with_imago(path: &Path) -> Result<Vec<u8>, String> {
 fn with_qcow2_rs(path: &Path) -> Result<Vec<u8>, String> {
     let params = Qcow2DevParams::new(9, None, None, true, false);
     let device = qcow2_setup_dev_sync(path, &params).map_err(|e| format!("{e:?}"))?;
+    now(device.qcow2_prep_io())?.map_err(|e| format!("{e:?}"))?;
     let len = usize::try_from(device.info.virtual_size()).map_err(|e| e.to_string())?;
     let mut content = vec![0; len];
     let mut at = 0;
