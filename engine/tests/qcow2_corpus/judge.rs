@@ -27,7 +27,9 @@ use bedplate_engine::{
 use sha2::{Digest, Sha512};
 
 use super::{
-    manifest::{Class, Content, DataExtent, Entry, Expectation, FoundBy, List, Loss, Manifest, Refusal, Same},
+    manifest::{
+        Class, Content, DataExtent, Entry, Expectation, FoundBy, List, Loss, Manifest, Refusal, Same,
+    },
     peers, subject,
 };
 
@@ -114,7 +116,8 @@ fn is_same(path: &Path, same: &Same) -> Verdict {
     equal("marked corrupt", image.layer().header().is_marked_corrupt(), same.corrupt)?;
     if let Some(expected) = same.data_bytes {
         let extents = subject::extents(&image)?;
-        let data = extents.iter().filter(|(_, kind)| *kind == ExtentKind::Data).map(|(range, _)| range.len.0).sum();
+        let data =
+            extents.iter().filter(|(_, kind)| *kind == ExtentKind::Data).map(|(range, _)| range.len.0).sum();
         equal("bytes of data extents", data, expected)?;
     }
     match &same.content {
@@ -252,7 +255,9 @@ fn is_unlisted(path: &Path, image: &Qcow2Image, what: List) -> Verdict {
     let refused = match what {
         List::Bitmaps => subject::bitmaps(image).err(),
         List::Snapshots => match subject::snapshots(image) {
-            Ok(listed) => listed.into_iter().find_map(|(id, _)| subject::open(path, &View::Snapshot(id)).err()),
+            Ok(listed) => {
+                listed.into_iter().find_map(|(id, _)| subject::open(path, &View::Snapshot(id)).err())
+            }
             Err(error) => Some(error),
         },
     };

@@ -37,7 +37,8 @@ pub fn extents(image: &dyn BaseImage) -> Result<Vec<(ByteRange, ExtentKind)>, St
         if at == len {
             return Ok(all);
         }
-        let answer = image.extents(ByteRange::new(at, len - at)).map_err(|e| format!("extents at {at}: {e}"))?;
+        let answer =
+            image.extents(ByteRange::new(at, len - at)).map_err(|e| format!("extents at {at}: {e}"))?;
         if answer.is_empty() {
             return Err(format!("no extents at {at}"));
         }
