@@ -43,7 +43,7 @@ def past_the_end():
     cut = lambda image: image.data.__delitem__(slice(image["l1_table_offset"], None))
     yield Case("file_ends_before_l1_table", PLAIN, cut, corrupt("L1"))
     cut = lambda image: image.data.__delitem__(slice(image.l2_table() + 1024, None))
-    yield Case("file_ends_in_l2_table", MEDIUM, cut, lost_ranges("L2", behind_l2_entry_128))
+    yield Case("file_ends_in_l2_table", MEDIUM, cut, corrupt("L1", at_l1()))
     cut = lambda image: image.data.__delitem__(slice(image.l2_table(), None))
     yield Case("file_ends_before_l2_table", PLAIN, cut, corrupt("L1"))
 
@@ -65,13 +65,6 @@ def past_the_end():
     cut = lambda image: image.data.__delitem__(slice(image.host(1) + 70 * 1024, None))
     rest = lambda image: [(image.cluster + 70 * 1024, 58 * 1024)]
     yield Case("extl2_file_ends_in_subcluster", "extl2_last_cluster_cut", cut, lost_ranges("L2", rest))
-
-
-def behind_l2_entry_128(image):
-    """What is lost when the file ends there: the data, which comes later, and all that the missing entries map."""
-    data = [i for i in range(128) if image.host(i) and not image.entry(i) & layout.ZERO]
-    lost = data + list(range(128, image["size"] // image.cluster))
-    return [(i * image.cluster, image.cluster) for i in lost]
 
 
 def table_entries():
