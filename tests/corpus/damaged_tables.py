@@ -92,6 +92,8 @@ def table_entries():
     shared = lambda image: [image.put(image.l1_at(i), image.get(image.l1_at(0))) for i in range(1, 32)]
     yield Case("l1_entries_all_share_a_table", SMALL, shared, corrupt("L1", at_l1(1)))
 
+    yield Case("l1_of_2_mib_shares_one_table", SMALL, share_one_table, corrupt("L1"))
+
     for name, change in {
         "unaligned": lambda _, old: old + 512,
         "reserved_bit_1": lambda _, old: old | 2,
@@ -106,6 +108,17 @@ def table_entries():
     table = lambda image: image.put(image.l2_table(), (1 << 8 * 4096) - 1, 4096)
     yield Case("l2_table_all_ones", MEDIUM, table, lost_somehow("", *range(256)))
     yield Case("l2_table_of_garbage", SMALL, garbage_table, lost_table("L2", 16))
+
+
+def share_one_table(image):
+    """A quarter of a million L1 entries, all of them the same table: a disk of 8 GiB from 2 MiB."""
+    entries = 1 << 18
+    table = image.get(image.l1_at())
+    image["l1_table_offset"] = len(image.data) + -len(image.data) % image.cluster
+    image["l1_size"] = entries
+    image["size"] = entries * image.l1_covers()
+    image.data.extend(bytes(-len(image.data) % image.cluster))
+    image.data.extend(table.to_bytes(8, "big") * entries)
 
 
 def garbage_table(image):
@@ -131,6 +144,13 @@ def zstd_of_one_byte(length):
     return b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", length) + headers
 
 
+def bombs(image):
+    """Every cluster of the image decodes from the same small stream, to far too much."""
+    image.replace_compressed(0, deflate(bytes(64 << 20)))
+    for guest_cluster in range(1, 16):
+        image.set_entry(guest_cluster, image.entry(0))
+
+
 def compressed():
     def stream(data):
         return lambda image: image.replace_compressed(2, data)
@@ -150,6 +170,7 @@ def compressed():
     yield Case("zlib_one_byte_long", "zlib_65536", stream(deflate(b"l" * (C + 1))), undecodable(2))
     yield Case("zlib_long", "zlib_65536", stream(deflate(b"l" * (2 * C))), undecodable(2))
     yield Case("zlib_bomb", "zlib_65536", stream(deflate(bytes(64 << 20))), undecodable(2))
+    yield Case("zlib_bomb_in_every_cluster", "zlib_65536", bombs, undecodable(*range(16)))
     yield Case("zlib_with_its_header", "zlib_65536", stream(zlib.compress(b"h" * C)), undecodable(2))
     yield Case("v2_zlib_garbage", "v2_zlib_65536", stream(b"\xff" * 512), undecodable(2))
     yield Case("zstd_short", "zstd_65536", stream(zstd_of_one_byte(C // 2)), undecodable(2))
