@@ -3,29 +3,52 @@
 //! Owns how an image is opened and how all of it is read: in pieces of several sizes that must agree, and beside the
 //! extents, which must not call bytes zero that are not. What the answers should be is in `judge.rs`.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, path::Path};
 
 use bedplate_engine::{
     device::ExtentKind,
     error::{Error, Result},
     image::{
         BaseImage,
-        qcow2::{Qcow2Image, View},
+        qcow2::{Qcow2Image, Qcow2Layer, View},
     },
     units::ByteRange,
 };
+
+use super::chain::Chain;
 
 /// Pieces that an image is read in: whole clusters at once, and borders of nothing.
 const PIECE_LENS: [usize; 2] = [3 << 20, 4099];
 /// Answers of [`BaseImage::extents`] for one image.
 const ANSWERS_MAX: usize = 1 << 20;
 
-pub fn open(path: &Path, view: &View) -> Result<Qcow2Image> {
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    Qcow2Image::open(file, path, view)
+/// What is opened for one image.
+pub trait Subject: BaseImage + Sized {
+    fn open_at(path: &Path, view: &View) -> Result<Self>;
+
+    /// The image's own file.
+    fn layer(&self) -> &Qcow2Layer;
+}
+
+impl Subject for Qcow2Image {
+    fn open_at(path: &Path, view: &View) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        Qcow2Image::open(file, path, view)
+    }
+
+    fn layer(&self) -> &Qcow2Layer {
+        self.layer()
+    }
+}
+
+impl Subject for Chain {
+    fn open_at(path: &Path, view: &View) -> Result<Self> {
+        Chain::open(path, view)
+    }
+
+    fn layer(&self) -> &Qcow2Layer {
+        self.layer()
+    }
 }
 
 /// All extents, which must cover the image without a gap: (range, kind).
@@ -98,15 +121,10 @@ pub fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
 }
 
 /// Ids and names of the internal snapshots.
-pub fn snapshots(image: &Qcow2Image) -> Result<Vec<(String, String)>> {
-    Ok(image.layer().snapshots()?.into_iter().map(|snapshot| (snapshot.id, snapshot.name)).collect())
+pub fn snapshots(layer: &Qcow2Layer) -> Result<Vec<(String, String)>> {
+    Ok(layer.snapshots()?.into_iter().map(|snapshot| (snapshot.id, snapshot.name)).collect())
 }
 
-pub fn bitmaps(image: &Qcow2Image) -> Result<Vec<String>> {
-    Ok(image.layer().bitmaps()?.into_iter().map(|bitmap| bitmap.name).collect())
-}
-
-/// Where an entry's file is.
-pub fn within(corpus: &Path, file: &Path) -> PathBuf {
-    corpus.join(file)
+pub fn bitmaps(layer: &Qcow2Layer) -> Result<Vec<String>> {
+    Ok(layer.bitmaps()?.into_iter().map(|bitmap| bitmap.name).collect())
 }
