@@ -184,6 +184,7 @@ fn prepare(source: &Path, disk: &Path) -> Result<f64> {
         checksum: None,
         disk: None,
         deadline: Some(IMAGE_WITHIN),
+        internal_snapshot: None,
     };
     let start = Instant::now();
     images.create(&request)?;

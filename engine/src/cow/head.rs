@@ -254,7 +254,7 @@ impl HeadIndex {
         })
     }
 
-    /// At least every block that is not absent, in few runs: a leaf of more than [`WRITTEN_RUNS_MAX`] counts whole.
+    /// At least every block that is not absent, in few runs: a leaf of more than `WRITTEN_RUNS_MAX` counts whole.
     pub fn written(&self) -> Touched {
         let mut written = Touched::default();
         for number in (0..self.leaves.len()).filter(|number| self.leaf(*number).is_some()) {

@@ -35,6 +35,9 @@ pub trait BaseImage: Send + Sync + fmt::Debug {
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>>;
 }
 
+/// Bytes that [`Format::of`] wants to see.
+pub const PROBE_LEN: usize = 4;
+
 /// How an image's file is to be read. Told by its magic at import and then written in its record: a raw image whose
 /// guest writes another format's magic later stays raw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +48,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// The format of a file that starts with these bytes; four are enough.
+    /// The format of a file that starts with these bytes.
     pub fn of(start: &[u8]) -> Format {
         if start.starts_with(b"QFI\xfb") { Format::Qcow2 } else { Format::Raw }
     }
