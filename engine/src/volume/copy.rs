@@ -1,7 +1,7 @@
 //! Copying blocks into a layer, and the full clone: a volume with its own bytes, which needs neither the source nor its
 //! image.
 //!
-//! Owns [`each_run`] and [`copy_run`], which full clones and flattening share, and [`copy_blocks`] between layers.
+//! Owns `each_run` and `copy_run`, which full clones and flattening share, and `copy_blocks` between layers.
 
 use uuid::Uuid;
 
