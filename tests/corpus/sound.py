@@ -284,7 +284,8 @@ def chains():
     yield on("over_zlib", "zlib_packed.qcow2")
     yield on("over_zstd", "zstd_packed.qcow2", options={"compression_type": "zstd"}, extra=[wc(3, 0, c)])
     yield on("over_extl2", "extl2_65536.qcow2", 640 * KIB)
-    yield on("extl2_over_raw", "base.raw", options={"cluster_size": c, "extended_l2": "on"}, form="raw")
+    extended = {"cluster_size": c, "extended_l2": "on"}
+    yield on("extl2_over_raw", "base.raw", options=extended, extra=subclusters(c), form="raw")
     yield on("extl2_over_qcow2", "v3_cluster_4096.qcow2", options={"extended_l2": "on"}, extra=subclusters(c))
     yield on("over_two", "over_raw.qcow2", extra=[w(1, 0, 512)])
     yield on("over_three", "over_two.qcow2", extra=[w(2, 13 * c, 3 * c)])
