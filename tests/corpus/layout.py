@@ -52,12 +52,20 @@ class Qcow2:
             self.data.extend(bytes(at + width - len(self.data)))
         self.data[at : at + width] = value.to_bytes(width, "big")
 
+    def cut(self, length):
+        """Keep only the start of the file."""
+        del self.data[length:]
+
     def __getitem__(self, field):
         return self.get(*HEADER[field])
 
     def __setitem__(self, field, value):
         at, width = HEADER[field]
         self.put(at, value, width)
+
+    def set(self, **fields):
+        for field, value in fields.items():
+            self[field] = value
 
     @property
     def cluster(self):
