@@ -90,6 +90,8 @@ def table_entries():
         "reserved_bit_62": lambda _, old: old | 1 << 62,
     }.items():
         yield Case(f"l1_entry_{name}", PLAIN, l1_entry(0, change), corrupt("L1", at_l1()))
+    header = entry(3, lambda *_: layout.COPIED)
+    yield Case("l2_entry_at_header", PLAIN, header, lost("L2", [3]))
     targets = {
         "l1_table": lambda image: image["l1_table_offset"],
         "refcount_table": lambda image: image["refcount_table_offset"],
@@ -104,7 +106,6 @@ def table_entries():
     yield Case("l2_entry_at_l2_table", PLAIN, change, lost("L2", [3]))
     shared = put(at_l1(16), lambda image: image.get(image.l1_at()))
     yield Case("l1_entries_share_a_table", SMALL, shared, corrupt("L1", at_l1(16)))
-
     yield Case("l1_of_2_mib_shares_one_table", SMALL, share_one_table, corrupt("L1"))
 
     for name, change in {
