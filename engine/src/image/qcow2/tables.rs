@@ -155,7 +155,7 @@ impl Tables {
         let mut slots = Vec::new();
         let mut index = Vec::with_capacity(to_usize(count));
         for word in bytes.chunks_exact(8).map(|bytes| be64(bytes, 0).unwrap_or_default()) {
-            if word & !COPIED == 0 {
+            if word == 0 {
                 index.push(0);
                 continue;
             }
