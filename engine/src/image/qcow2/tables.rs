@@ -149,7 +149,9 @@ impl Tables {
         let Opening { geometry, version, clusters, l1, size, mut taken, l2_bytes_max } = opening;
         let cluster_size = geometry.cluster_size();
         let count = size.0.div_ceil(geometry.l2_span());
-        let bytes = file.bytes(l1.offset.0, count * 8, "L1 table")?;
+        // An image without bytes may have no table at all, and then its offset means nothing.
+        let at = if count == 0 { 0 } else { l1.offset.0 };
+        let bytes = file.bytes(at, count * 8, "L1 table")?;
         let fixed = Metadata::new(taken.clone());
         let mut gap = Gap::default();
         let mut slots = Vec::new();
