@@ -1,0 +1,235 @@
+//! `inspect info`: what a file is.
+//!
+//! Owns the command and its report with `qemu-img info`'s keys. What is damaged is said and the rest is shown; exit
+//! code 5 tells scripts. What a qcow2 header says is `qcow2_info.rs`'s.
+
+use std::{
+    fs::File,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use bedplate_engine::{
+    error::{Error, Result as EngineResult},
+    image::{Format, qcow2::View},
+};
+use clap::Args;
+use serde::Serialize;
+use sha2::Sha512;
+
+use crate::{
+    failure::Result,
+    layer::{FileLayer, open_file},
+    print::{self, Output},
+    qcow2_info::{self, FormatSpecific, SnapshotInfo},
+    references::References,
+    source::{self, Chain, FileArgs, FormatName},
+    stack::Layer,
+    verify::digest,
+};
+
+const EXAMPLES: &str = "Examples:
+  bedplate inspect info disk.qcow2
+  bedplate inspect info overlay.qcow2 --backing-chain --allow-references . -o json
+  bedplate inspect info disk.raw --digest
+
+The keys of `-o json` are those of `qemu-img info --output=json`. Exit code 5 says that something is damaged; it is
+named under `damage`, and everything else is shown.";
+
+/// Show what a file is: format, sizes, features, snapshots, partitions
+#[derive(Args, Debug)]
+#[command(after_long_help = EXAMPLES)]
+pub struct InfoArgs {
+    /// A raw or qcow2 file, a block device, or a directory of layers
+    file: PathBuf,
+    /// Read the file as this format, whatever it begins with
+    #[arg(id = "as", long = "as", value_enum, value_name = "FORMAT")]
+    format: Option<FormatName>,
+    #[command(flatten)]
+    files: FileArgs,
+    /// Show the files below it too
+    #[arg(long)]
+    backing_chain: bool,
+    /// Show the SHA-512 of the file as it is
+    #[arg(long)]
+    digest: bool,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// One file.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Info {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub virtual_size: Option<u64>,
+    pub filename: String,
+    pub format: &'static str,
+    pub actual_size: u64,
+    pub dirty_flag: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encrypted: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full_backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename_format: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<SnapshotInfo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_specific: Option<FormatSpecific>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha512: Option<String>,
+    /// What is wrong; not `qemu-img`'s key.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub damage: Vec<String>,
+    /// What this reader does not read, or may not; not `qemu-img`'s key.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unsupported: Vec<String>,
+}
+
+impl Info {
+    /// Take in why something is not shown.
+    pub fn lacks(&mut self, error: &Error) {
+        let list = match error {
+            Error::Corrupt { .. } | Error::Lost { .. } => &mut self.damage,
+            _ => &mut self.unsupported,
+        };
+        let text = error.to_string();
+        if !list.contains(&text) {
+            list.push(text);
+        }
+    }
+}
+
+pub fn run(args: &InfoArgs) -> Result<u8> {
+    let infos = gather(args)?;
+    let is_damaged = infos.iter().any(|info| !info.damage.is_empty());
+    let people = |infos: &[Info]| infos.iter().map(text).collect::<Vec<_>>().join("\n\n");
+    match infos.as_slice() {
+        [one] if !args.backing_chain => print::report(args.output, one, |one| text(one))?,
+        all => print::report(args.output, all, people)?,
+    }
+    Ok(if is_damaged { 5 } else { 0 })
+}
+
+/// What there is to say of the file, and of those below it where that is asked for.
+fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
+    let file = open_file(&args.file)?;
+    let format = match args.format {
+        Some(format) => format.into(),
+        None => source::probe(&file, &args.file)?,
+    };
+    let mut infos = vec![of_file(&file, &args.file, format)?];
+    if args.backing_chain {
+        let references = args.files.allow_references.as_deref().map(References::allow).transpose()?;
+        match below(file, &args.file, format, references.as_ref()) {
+            Ok((further, refusal)) => {
+                infos.extend(further);
+                if let (Some(last), Some(refusal)) = (infos.last_mut(), refusal) {
+                    last.lacks(&refusal);
+                }
+            }
+            Err(error) => {
+                if let Some(first) = infos.first_mut() {
+                    first.lacks(&error);
+                }
+            }
+        }
+    }
+    if args.digest {
+        for info in &mut infos {
+            info.sha512 = Some(digest::<Sha512>(Path::new(&info.filename))?);
+        }
+    }
+    Ok(infos)
+}
+
+/// The files below `file`, and why there are no more.
+fn below(
+    file: File,
+    path: &Path,
+    format: Format,
+    references: Option<&References>,
+) -> EngineResult<(Vec<Info>, Option<Error>)> {
+    let chain = Chain::open(file, path, format, &View::Active, references)?;
+    let mut infos = Vec::new();
+    for link in chain.links.iter().skip(1) {
+        let format = match link {
+            source::Link::Raw { .. } => Format::Raw,
+            source::Link::Qcow2 { .. } => Format::Qcow2,
+        };
+        infos.push(of_file(&open_file(link.path())?, link.path(), format)?);
+    }
+    let refusal = match chain.floor {
+        crate::stack::Floor::Zeros => None,
+        crate::stack::Floor::Unopened { refusal, .. } => Some(refusal),
+    };
+    Ok((infos, refusal))
+}
+
+/// What there is to say of one file.
+pub fn of_file(file: &File, path: &Path, format: Format) -> EngineResult<Info> {
+    let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
+    let again = || file.try_clone().map_err(|e| Error::io("open", path, e));
+    let mut info = Info {
+        filename: path.display().to_string(),
+        // Blocks of `stat` have 512 bytes, whatever the file system.
+        actual_size: meta.blocks() * 512,
+        ..Info::default()
+    };
+    match format {
+        Format::Raw => {
+            info.format = "raw";
+            info.virtual_size = Some(FileLayer::raw(again()?, path)?.size());
+        }
+        Format::Qcow2 => {
+            info.format = "qcow2";
+            qcow2_info::add(&mut info, again()?, path)?;
+        }
+    }
+    Ok(info)
+}
+
+/// For people.
+fn text(info: &Info) -> String {
+    let mut rows: Vec<(String, String)> = Vec::new();
+    let mut row = |name: &str, value: String| rows.push((name.to_owned(), value));
+    row("file", info.filename.clone());
+    row("format", info.format.to_owned());
+    if let Some(size) = info.virtual_size {
+        row("virtual size", print::exact(size));
+    }
+    row("on disk", print::exact(info.actual_size));
+    if let Some(size) = info.cluster_size {
+        row("cluster", print::exact(size));
+    }
+    if let Some(name) = &info.backing_filename {
+        let format = info.backing_filename_format.as_deref().unwrap_or("not said");
+        row("backing file", format!("{name} (format: {format})"));
+    }
+    if info.encrypted == Some(true) {
+        row("encrypted", "yes".to_owned());
+    }
+    if info.dirty_flag {
+        row("dirty", "yes: whoever wrote last did not close it".to_owned());
+    }
+    if let Some(specific) = &info.format_specific {
+        rows.extend(specific.rows());
+    }
+    if let Some(sha512) = &info.sha512 {
+        rows.push(("sha512".to_owned(), sha512.clone()));
+    }
+    rows.extend(info.unsupported.iter().map(|what| ("not read".to_owned(), what.clone())));
+    rows.extend(info.damage.iter().map(|what| ("DAMAGE".to_owned(), what.clone())));
+    let mut text = print::properties(rows);
+    if !info.snapshots.is_empty() {
+        text.push_str("\n\nSnapshots:\n");
+        text.push_str(&qcow2_info::snapshot_table(&info.snapshots));
+    }
+    text
+}
