@@ -92,7 +92,7 @@ pub enum Corruption {
 pub enum EntryProblem {
     #[error("points past the end of the file")]
     PastEnd,
-    #[error("is cut off by the end of the file")]
+    #[error("points at something that the end of the file cuts off")]
     CutOff,
     #[error("is not aligned to a cluster")]
     Unaligned,

@@ -162,6 +162,8 @@ impl Drop for Turn<'_> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::indexing_slicing, reason = "tests know their bytes")]
+
     use std::sync::{
         Barrier,
         atomic::{AtomicUsize, Ordering},

@@ -87,6 +87,8 @@ fn unzstd(input: &[u8], output: &mut [u8]) -> Result<(), DecodeProblem> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::indexing_slicing, reason = "tests know their bytes")]
+
     use super::*;
 
     fn deflated(bytes: &[u8]) -> Vec<u8> {

@@ -253,7 +253,7 @@ impl UnverifiedHeader {
         } else {
             L2Format::Extended
         };
-        let geometry = Geometry { cluster_bits: self.cluster_bits, format };
+        let geometry = Geometry::new(self.cluster_bits, format);
         let l1 = self.verify_l1(geometry, file_len)?;
         let refcounts = self.verify_refcounts(cluster_size, file_len)?;
         let backing = self.backing(cluster_size, extensions.backing_format)?;
@@ -503,6 +503,11 @@ impl Header {
 }
 
 impl Geometry {
+    /// `cluster_bits` is one of [`CLUSTER_BITS`].
+    pub(super) fn new(cluster_bits: u32, format: L2Format) -> Geometry {
+        Geometry { cluster_bits, format }
+    }
+
     pub fn cluster_bits(self) -> u32 {
         self.cluster_bits
     }
@@ -543,3 +548,6 @@ impl Geometry {
         offset & (self.cluster_size() - 1)
     }
 }
+
+#[cfg(test)]
+mod tests;

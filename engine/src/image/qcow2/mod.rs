@@ -102,8 +102,15 @@ impl Qcow2Layer {
             taken.push(table.offset.0..end);
         }
         let clusters = if header.data_file.is_some() { Clusters::External } else { Clusters::Own };
-        let opening =
-            Opening { geometry: header.geometry, version: header.version, clusters, l1, size, taken };
+        let opening = Opening {
+            geometry: header.geometry,
+            version: header.version,
+            clusters,
+            l1,
+            size,
+            taken,
+            l2_bytes_max: L2_BYTES_MAX,
+        };
         let tables = Tables::open(file.clone(), opening)?;
         let decoded = DecodedClusters::new(cluster_size);
         Ok(Qcow2Layer { file, data: None, header, tables, decoded })
@@ -138,7 +145,7 @@ impl Qcow2Layer {
     pub fn bitmaps(&self) -> Result<Vec<Bitmap>> {
         let Some(header) = self.header.bitmaps else { return Ok(Vec::new()) };
         let refused = |field, value, at| Err(Fault::field(field, value, at).of(self.file.path()));
-        if header.count > BITMAPS_MAX {
+        if header.count == 0 || header.count > BITMAPS_MAX {
             return refused("nb_bitmaps", header.count.into(), 0);
         }
         if header.directory_len > BITMAP_DIRECTORY_BYTES_MAX {

@@ -106,6 +106,7 @@ pub struct Tables {
     index: Box<[u32]>,
     slots: Box<[Slot]>,
     loaded_bytes: AtomicU64,
+    l2_bytes_max: u64,
     /// Length of the file that data clusters lie in.
     data_len: u64,
 }
@@ -139,11 +140,13 @@ pub struct Opening {
     pub size: ByteLen,
     /// All metadata but the L2 tables.
     pub taken: Vec<Range<u64>>,
+    /// Bytes of L2 tables to keep.
+    pub l2_bytes_max: u64,
 }
 
 impl Tables {
     pub fn open(file: Arc<Source>, opening: Opening) -> Result<Tables> {
-        let Opening { geometry, version, clusters, l1, size, mut taken } = opening;
+        let Opening { geometry, version, clusters, l1, size, mut taken, l2_bytes_max } = opening;
         let cluster_size = geometry.cluster_size();
         let count = size.0.div_ceil(geometry.l2_span());
         let bytes = file.bytes(l1.offset.0, count * 8, "L1 table")?;
@@ -191,6 +194,7 @@ impl Tables {
             index: index.into(),
             slots: slots.into(),
             loaded_bytes: AtomicU64::new(0),
+            l2_bytes_max,
             data_len,
         })
     }
@@ -250,36 +254,41 @@ impl Tables {
         }
     }
 
-    /// What the first damaged entry of the L1 table maps.
+    /// What the first entry of the L1 table maps in vain that is damaged or whose table is cut off.
     pub fn first_damaged_table(&self) -> Option<ByteRange> {
         let span = self.rules.geometry.l2_span();
-        let damaged = |index: &u64| matches!(self.slot(*index), Some(Slot { table: Place::Damaged(_), .. }));
-        let index = (0..self.index.len() as u64).find(damaged)?;
-        ByteRange { start: ByteOffset(index * span), len: ByteLen(span) }
-            .intersect(ByteRange::new(0, self.size))
+        (0..self.index.len() as u64).find_map(|index| {
+            let start = index * span;
+            let held = match self.slot(index)?.table {
+                Place::Damaged(_) => 0,
+                Place::At(offset) => {
+                    let entries = (self.rules.file_len - offset) / self.rules.geometry.l2_entry_len();
+                    entries.min(self.entries_needed(start)) * self.rules.geometry.cluster_size()
+                }
+            };
+            let end = self.size.min(start + span);
+            (start + held < end).then(|| ByteRange::new(start + held, end - start - held))
+        })
     }
 
     fn fault(&self, lost: ByteRange) -> Result<Fault> {
         let geometry = self.rules.geometry;
-        let span = geometry.l2_span();
-        let index = lost.start.0 / span;
+        let index = lost.start.0 / geometry.l2_span();
         let at = self.l1.offset.0 + index * 8;
-        let Some(slot) = self.slot(index) else {
-            return Ok(Fault::field("L1 entry", 0_u64, at));
+        let of_l1 = |problem| {
+            let value = be64(&self.file.bytes(at, 8, "L1 table")?, 0).unwrap_or_default();
+            Ok(Fault::entry(EntryAt { table: "L1", index, value, at }, problem))
         };
-        let table = match slot.table {
-            Place::At(offset) => offset,
-            Place::Damaged(problem) => {
-                let bytes = self.file.bytes(at, 8, "L1 table")?;
-                let value = be64(&bytes, 0).unwrap_or_default();
-                return Ok(Fault::entry(EntryAt { table: "L1", index, value, at }, problem));
-            }
+        let table = match self.slot(index).map(|slot| slot.table) {
+            Some(Place::At(offset)) => offset,
+            Some(Place::Damaged(problem)) => return of_l1(problem),
+            None => return of_l1(EntryProblem::Nowhere),
         };
-        let index = lost.start.0 % span / geometry.cluster_size();
+        let index = lost.start.0 % geometry.l2_span() / geometry.cluster_size();
         let len = geometry.l2_entry_len();
         let at = table + index * len;
         if !self.file.holds(at, len) {
-            return Ok(Fault::truncated("L2 table", self.rules.file_len));
+            return of_l1(EntryProblem::CutOff);
         }
         let bytes = self.file.bytes(at, len, "L2 table")?;
         let raw = RawEntry {
@@ -289,6 +298,12 @@ impl Tables {
         let problem = self.rules.check(raw, &mut Gap::default()).err().unwrap_or(EntryProblem::CutOff);
         let value = if problem == EntryProblem::Contradiction { raw.bitmap } else { raw.word };
         Ok(Fault::entry(EntryAt { table: "L2", index, value, at }, problem))
+    }
+
+    /// Entries of an L2 table that map a part of the image; `guest` is the first byte that the table maps.
+    fn entries_needed(&self, guest: u64) -> u64 {
+        let geometry = self.rules.geometry;
+        (self.size - guest).div_ceil(geometry.cluster_size()).min(geometry.l2_entries())
     }
 
     /// The part of `each` that lies in one L2 table.
@@ -359,11 +374,9 @@ impl Tables {
         if let Some(words) = loaded.get() {
             return Ok(Some(words));
         }
-        let geometry = self.rules.geometry;
-        let clusters = (self.size - guest).div_ceil(geometry.cluster_size()).min(geometry.l2_entries());
-        let len = clusters * geometry.l2_entry_len();
+        let len = self.entries_needed(guest) * self.rules.geometry.l2_entry_len();
         let room = self.loaded_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            used.checked_add(len).filter(|used| *used <= L2_BYTES_MAX)
+            used.checked_add(len).filter(|used| *used <= self.l2_bytes_max)
         });
         if room.is_err() {
             return Ok(None);
@@ -486,11 +499,8 @@ impl Rules {
     fn check_compressed(&self, raw: RawEntry, gap: &mut Gap) -> Result<Checked, EntryProblem> {
         let RawEntry { word, bitmap } = raw;
         let (host, _) = self.descriptor(word);
-        if word & COPIED != 0
-            || bitmap != 0
-            || host >= COMPRESSED_OFFSET_END
-            || self.clusters == Clusters::External
-        {
+        let contradicts = word & COPIED != 0 || bitmap != 0 || self.clusters == Clusters::External;
+        if contradicts || host >= COMPRESSED_OFFSET_END {
             return Err(EntryProblem::Reserved);
         }
         if host >= self.file_len {
@@ -540,3 +550,6 @@ impl Rules {
 fn halves(bitmap: u64) -> (u32, u32) {
     (bitmap as u32, (bitmap >> 32) as u32)
 }
+
+#[cfg(test)]
+mod tests;
