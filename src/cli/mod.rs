@@ -103,16 +103,17 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         .enable_all()
         .build()
         .map_err(|source| Failure::Io { what: "start".to_owned(), source })?;
-    runtime.block_on(async {
-        match cli.noun {
-            Noun::Image(verb) => image::run(verb, &client).await,
-            Noun::Volume(verb) => volume::run(verb, &client).await,
-            Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
-            Noun::Doctor(args) => doctor::run(args, cli.socket).await,
-            Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
-        }
-    })
-    .map(|()| ExitCode::SUCCESS)
+    runtime
+        .block_on(async {
+            match cli.noun {
+                Noun::Image(verb) => image::run(verb, &client).await,
+                Noun::Volume(verb) => volume::run(verb, &client).await,
+                Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
+                Noun::Doctor(args) => doctor::run(args, cli.socket).await,
+                Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
+            }
+        })
+        .map(|()| ExitCode::SUCCESS)
 }
 
 impl Noun {

@@ -119,7 +119,6 @@ pub fn run(args: &ConvertArgs) -> Result<u8> {
 
 /// What cannot be read is refused before anything is written.
 fn refuse_damage(stack: &Stack) -> Result<()> {
-
     let mut damaged = None;
     stack.each(ByteRange::new(0, stack.size()), |run| match run.kind {
         Kind::Damaged | Kind::Unopened => {

@@ -31,10 +31,15 @@ impl Failure {
         }
     }
 
-    /// The same failure with another exit code.
+    /// The same failure with this exit code, unless one has been chosen.
     #[must_use]
     pub fn with_code(self, code: u8) -> Failure {
-        Failure::Coded(Box::new(self), code)
+        match self {
+            Failure::Coded(..) => self,
+            Failure::Engine(_) | Failure::Output(_) | Failure::Usage(_) => {
+                Failure::Coded(Box::new(self), code)
+            }
+        }
     }
 
     /// Whether the reader of our output has gone, which is its own affair.
@@ -91,11 +96,8 @@ mod tests {
 
     #[test]
     fn corruption_is_5_and_what_is_not_there_is_3() {
-        let corrupt = Error::Corrupt {
-            path: "a".into(),
-            what: Corruption::Truncated("L1 table"),
-            at: ByteOffset(0),
-        };
+        let corrupt =
+            Error::Corrupt { path: "a".into(), what: Corruption::Truncated("L1 table"), at: ByteOffset(0) };
         assert_eq!(Failure::from(corrupt).exit_code(), 5);
         let missing = Error::io("open", "a", io::ErrorKind::NotFound.into());
         assert_eq!(Failure::from(missing.clone()).exit_code(), 3);

@@ -111,7 +111,7 @@ pub fn run(args: &InfoArgs) -> Result<u8> {
     let is_damaged = infos.iter().any(|info| !info.damage.is_empty());
     let people = |infos: &[Info]| infos.iter().map(text).collect::<Vec<_>>().join("\n\n");
     match infos.as_slice() {
-        [one] if !args.backing_chain => print::report(args.output, one, |one| text(one))?,
+        [one] if !args.backing_chain => print::report(args.output, one, text)?,
         all => print::report(args.output, all, people)?,
     }
     Ok(if is_damaged { 5 } else { 0 })

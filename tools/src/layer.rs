@@ -154,7 +154,9 @@ impl Layer for FileLayer {
     fn each(&self, range: ByteRange, found: &mut dyn FnMut(Segment) -> ControlFlow<()>) -> Result<()> {
         let flow = match (range.intersect(ByteRange::new(0, self.len)), self.holes) {
             (None, _) => ControlFlow::Continue(()),
-            (Some(inside), None) => found(Segment { range: inside, place: Place::Data { host: inside.start } }),
+            (Some(inside), None) => {
+                found(Segment { range: inside, place: Place::Data { host: inside.start } })
+            }
             (Some(inside), Some(holes)) => self.each_of_file(inside, holes, found)?,
         };
         let past = range.start.0.max(self.len);

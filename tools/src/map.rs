@@ -134,12 +134,7 @@ pub fn word(kind: Kind) -> &'static str {
 }
 
 /// For people: what holds data, or everything with its layer.
-fn table(
-    entries: &[Entry],
-    kinds: impl Iterator<Item = Kind>,
-    names: &[&str],
-    all: bool,
-) -> String {
+fn table(entries: &[Entry], kinds: impl Iterator<Item = Kind>, names: &[&str], all: bool) -> String {
     let hex = |n: u64| format!("{n:#x}");
     let file = |entry: &Entry| names.get(entry.depth).map_or("-", |name| name).to_owned();
     let place = |kind: Kind, entry: &Entry| match entry.offset {
@@ -150,12 +145,20 @@ fn table(
     let mut text = if all {
         let rows = with_kinds.map(|(entry, kind)| {
             let place = place(kind, entry);
-            [hex(entry.start), hex(entry.length), word(kind).to_owned(), place, entry.depth.to_string(), file(entry)]
+            [
+                hex(entry.start),
+                hex(entry.length),
+                word(kind).to_owned(),
+                place,
+                entry.depth.to_string(),
+                file(entry),
+            ]
         });
         print::listing(["OFFSET", "LENGTH", "KIND", "MAPPED TO", "DEPTH", "FILE"], rows)
     } else {
         let rows = with_kinds.filter(|(_, kind)| !matches!(kind, Kind::Zero { .. } | Kind::Absent));
-        let rows = rows.map(|(entry, kind)| [hex(entry.start), hex(entry.length), place(kind, entry), file(entry)]);
+        let rows =
+            rows.map(|(entry, kind)| [hex(entry.start), hex(entry.length), place(kind, entry), file(entry)]);
         print::listing(["OFFSET", "LENGTH", "MAPPED TO", "FILE"], rows)
     };
     for damage in entries.iter().filter_map(|entry| entry.damage.as_deref()) {

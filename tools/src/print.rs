@@ -107,7 +107,8 @@ pub fn hex(bytes: &[u8]) -> String {
 
 /// A bar on stderr that is only there on a terminal.
 pub fn progress(what: &'static str, bytes: u64) -> indicatif::ProgressBar {
-    let style = indicatif::ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let style =
+        indicatif::ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
     let bar = indicatif::ProgressBar::new(bytes).with_message(what);
     match style {
         Ok(style) => bar.with_style(style),

@@ -14,7 +14,7 @@ use bedplate_engine::{
     units::to_usize,
 };
 
-use crate::tables::{COPIED, Decoded, L1_RESERVED, L2Entry, OFFSET, QcowFile};
+use crate::tables::{BitmapTables, COPIED, Decoded, L1_RESERVED, L2Entry, OFFSET, QcowFile};
 
 /// Clusters that are counted at once: with 64 KiB clusters a file of 512 GiB. They take 8 bytes each.
 pub const WINDOW_CLUSTERS_MAX: u64 = 8 << 20;
@@ -29,7 +29,7 @@ pub struct Counts {
     /// Clusters of the guest.
     pub total: u64,
     pub allocated: u64,
-    /// Allocated clusters that do not follow the one before in the file.
+    /// Allocated clusters that do not follow the one before in the file; each L2 table begins anew.
     pub fragmented: u64,
     pub compressed: u64,
     pub corruptions: u64,
@@ -165,15 +165,16 @@ impl<'a> Scan<'a> {
         let cluster_size = self.file.geometry().cluster_size();
         let Some(last) = len.checked_sub(1) else { return };
         // The last cluster may be cut off by the end of the file.
-        let within = at.checked_add(last).filter(|last| {
-            last / cluster_size < self.file.source.len().div_ceil(cluster_size)
-        });
+        let within = at
+            .checked_add(last)
+            .filter(|last| last / cluster_size < self.file.source.len().div_ceil(cluster_size));
         let Some(last) = within else {
             self.corruption(|| format!("{} at {at:#x} lies past the end of the file", what()));
             return;
         };
         for cluster in at / cluster_size..=last / cluster_size {
-            if let Some(counted) = place(&self.window, cluster).and_then(|place| self.counted.get_mut(place)) {
+            if let Some(counted) = place(&self.window, cluster).and_then(|place| self.counted.get_mut(place))
+            {
                 *counted = counted.saturating_add(1);
             }
         }
@@ -194,7 +195,8 @@ impl<'a> Scan<'a> {
             && (refcount == 1) != is_copied
         {
             let flag = if is_copied { "is set" } else { "is not set" };
-            self.counts.corruption(format!("{}: the copied flag {flag}, but the refcount is {refcount}", what()));
+            self.counts
+                .corruption(format!("{}: the copied flag {flag}, but the refcount is {refcount}", what()));
         }
     }
 
@@ -219,6 +221,7 @@ impl<'a> Scan<'a> {
                 self.copied(at, word & COPIED != 0, name);
             }
             let start = index as u64 * geometry.l2_span();
+            self.next = None;
             for (entry_index, entry) in self.file.l2(at)?.into_iter().enumerate() {
                 let guest = start.saturating_add((entry_index as u64) << geometry.cluster_bits());
                 self.entry(entry, guest, kind);
@@ -315,7 +318,7 @@ impl<'a> Scan<'a> {
 
     fn bitmaps(&mut self) -> Result<()> {
         let cluster_size = self.file.geometry().cluster_size();
-        let (directory, tables) = match self.file.bitmap_tables() {
+        let BitmapTables { directory, tables } = match self.file.bitmap_tables() {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(()),
             Err(error) => {

@@ -44,15 +44,22 @@ pub trait Layer: Send + Sync {
 pub enum Floor {
     Zeros,
     /// A file that was not opened; reading it answers this.
-    Unopened { name: String, refusal: Error },
+    Unopened {
+        name: String,
+        refusal: Error,
+    },
 }
 
 /// Where the bytes of a run are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// In the layer's file, from this offset on.
-    Data { offset: u64 },
-    Zero { offset: Option<u64> },
+    Data {
+        offset: u64,
+    },
+    Zero {
+        offset: Option<u64>,
+    },
     Compressed,
     /// No layer says anything of it: zeros.
     Absent,
@@ -181,7 +188,9 @@ impl Stack {
                 Ok(())
             }
             (Kind::Data { .. } | Kind::Compressed, Some(layer)) => layer.read(segment, buffer),
-            (Kind::Damaged | Kind::Unopened | Kind::Data { .. } | Kind::Compressed, _) => Err(self.explain(run)),
+            (Kind::Damaged | Kind::Unopened | Kind::Data { .. } | Kind::Compressed, _) => {
+                Err(self.explain(run))
+            }
         }
     }
 }

@@ -121,9 +121,9 @@ impl QcowFile {
         Ok(end as u64)
     }
 
-    /// The bitmap directory, and offset and number of entries of each bitmap's table. None without bitmaps, or with
+    /// Where bitmaps lie. None without bitmaps, or with
     /// ones that something made stale: their clusters belong to nobody.
-    pub fn bitmap_tables(&self) -> Result<Option<(Range<u64>, Vec<(u64, u32)>)>> {
+    pub fn bitmap_tables(&self) -> Result<Option<BitmapTables>> {
         let Some(bitmaps) = self.header().bitmaps else { return Ok(None) };
         if bitmaps.state == BitmapsState::Stale {
             return Ok(None);
@@ -141,7 +141,8 @@ impl QcowFile {
             let len = usize::try_from(extra).unwrap_or(usize::MAX).saturating_add(24 + usize::from(name));
             start = start.saturating_add(len).next_multiple_of(8);
         }
-        Ok(Some((bitmaps.directory..bitmaps.directory + bitmaps.directory_len, tables)))
+        let directory = bitmaps.directory..bitmaps.directory + bitmaps.directory_len;
+        Ok(Some(BitmapTables { directory, tables }))
     }
 }
 
@@ -150,6 +151,13 @@ pub fn raw_header(source: &Source) -> Result<UnverifiedHeader> {
     let start = source.bytes_up_to(0, PEEK_LEN, "qcow2 header")?;
     let area = source.bytes_up_to(0, UnverifiedHeader::area_len(&start), "qcow2 header")?;
     UnverifiedHeader::parse(&area).map_err(|fault| fault.of(source.path()))
+}
+
+/// Where bitmaps lie.
+pub struct BitmapTables {
+    pub directory: Range<u64>,
+    /// Offset and number of entries of each bitmap's table.
+    pub tables: Vec<(u64, u32)>,
 }
 
 /// An entry as the file has it; only extended entries have a bitmap.

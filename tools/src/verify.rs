@@ -81,7 +81,9 @@ impl FromStr for Checksum {
             {
                 Ok(Checksum { algorithm, hex: hex.to_ascii_lowercase() })
             }
-            Some(_) | None => Err("write the 128 hexadecimal digits of a SHA-512 or the 64 of a SHA-256".to_owned()),
+            Some(_) | None => {
+                Err("write the 128 hexadecimal digits of a SHA-512 or the 64 of a SHA-256".to_owned())
+            }
         }
     }
 }
