@@ -14,8 +14,10 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::{
+    directory::{self, Directory},
     failure::{Failure, Result},
     layer::open_file,
+    longhorn,
     print::{self, Output},
     refcheck::{self, Counts},
     source::{self, Chain, FormatName},
@@ -85,6 +87,9 @@ pub fn run(args: &CheckArgs) -> Result<u8> {
 }
 
 fn checked(args: &CheckArgs) -> Result<u8> {
+    if args.file.is_dir() {
+        return check_directory(args);
+    }
     let file = open_file(&args.file)?;
     let format = match args.format {
         Some(format) => format.into(),
@@ -103,6 +108,47 @@ fn checked(args: &CheckArgs) -> Result<u8> {
             }
             finish(args, counts)
         }
+    }
+}
+
+/// Directories have no clusters; corruptions, and leftovers in place of leaks.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct DirectoryReport {
+    filename: String,
+    format: &'static str,
+    check_errors: u64,
+    corruptions: Vec<String>,
+    leftovers: Vec<String>,
+}
+
+fn check_directory(args: &CheckArgs) -> Result<u8> {
+    let (format, (corruptions, leftovers)) = match directory::open(&args.file)? {
+        Directory::Replica(replica) => ("longhorn-replica", longhorn::check(&replica)),
+    };
+    let code = exit_code(corruptions.len(), leftovers.len());
+    let filename = args.file.display().to_string();
+    let report = DirectoryReport { filename, format, check_errors: 0, corruptions, leftovers };
+    print::report(args.output, &report, |report| {
+        let found = |kind: &str, list: &[String]| -> Vec<String> {
+            list.iter().map(|text| format!("{kind}{}", print::shown(text))).collect()
+        };
+        let mut lines = found("ERROR ", &report.corruptions);
+        lines.extend(found("Leftover: ", &report.leftovers));
+        if lines.is_empty() {
+            lines.push("No errors were found in the directory.".to_owned());
+        }
+        lines.join("\n")
+    })?;
+    Ok(code)
+}
+
+/// `qemu-img check`'s.
+fn exit_code(corruptions: usize, leaks: usize) -> u8 {
+    match (corruptions, leaks) {
+        (0, 0) => 0,
+        (0, _) => 3,
+        (_, _) => 2,
     }
 }
 
@@ -147,11 +193,7 @@ fn read_all(args: &CheckArgs, counts: &mut Counts) -> Result<()> {
 }
 
 fn finish(args: &CheckArgs, counts: Counts) -> Result<u8> {
-    let code = match (counts.corruptions, counts.leaks) {
-        (0, 0) => 0,
-        (0, _) => 3,
-        (_, _) => 2,
-    };
+    let code = exit_code(to_usize(counts.corruptions), to_usize(counts.leaks));
     let report = Report {
         filename: args.file.display().to_string(),
         format: "qcow2",

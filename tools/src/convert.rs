@@ -84,6 +84,7 @@ enum DigestOf {
 
 pub fn run(args: &ConvertArgs) -> Result<u8> {
     let stack = source::open(&args.input, &args.open)?;
+    print::notes(stack.notes());
     if args.out == Path::new("-") {
         to_stdout(&stack, args)?;
         return Ok(0);

@@ -18,10 +18,12 @@ use serde::Serialize;
 use sha2::Sha512;
 
 use crate::{
+    directory::{self, Directory},
     failure::Result,
     layer::{FileLayer, open_file},
+    longhorn::{self, ReplicaInfo},
     print::{self, Output},
-    qcow2_info::{self, FormatSpecific, SnapshotInfo},
+    qcow2_info::{self, Qcow2Info, SnapshotInfo},
     references::References,
     source::{self, Chain, FileArgs, FormatName},
     stack::Layer,
@@ -92,6 +94,14 @@ pub struct Info {
     pub unsupported: Vec<String>,
 }
 
+/// What only one format has.
+#[derive(Debug, Serialize)]
+#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+pub enum FormatSpecific {
+    Qcow2(Qcow2Info),
+    LonghornReplica(ReplicaInfo),
+}
+
 impl Info {
     /// Take in why something is not shown.
     pub fn lacks(&mut self, error: &Error) {
@@ -119,6 +129,9 @@ pub fn run(args: &InfoArgs) -> Result<u8> {
 
 /// What there is to say of the file, and of those below it where that is asked for.
 fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
+    if args.file.is_dir() {
+        return Ok(vec![of_directory(&args.file)?]);
+    }
     let file = open_file(&args.file)?;
     let format = match args.format {
         Some(format) => format.into(),
@@ -147,6 +160,15 @@ fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
         }
     }
     Ok(infos)
+}
+
+/// What there is to say of a directory of layers.
+fn of_directory(path: &Path) -> EngineResult<Info> {
+    let mut info = Info { filename: path.display().to_string(), ..Info::default() };
+    match directory::open(path)? {
+        Directory::Replica(replica) => longhorn::info(&replica, &mut info),
+    }
+    Ok(info)
 }
 
 /// The files below `file`, and why there are no more.
@@ -219,7 +241,10 @@ fn text(info: &Info) -> String {
         row("dirty", "yes: whoever wrote last did not close it".to_owned());
     }
     if let Some(specific) = &info.format_specific {
-        rows.extend(specific.rows());
+        rows.extend(match specific {
+            FormatSpecific::Qcow2(qcow2) => qcow2.rows(),
+            FormatSpecific::LonghornReplica(replica) => replica.rows(),
+        });
     }
     if let Some(sha512) = &info.sha512 {
         rows.push(("sha512".to_owned(), sha512.clone()));
@@ -227,6 +252,10 @@ fn text(info: &Info) -> String {
     rows.extend(info.unsupported.iter().map(|what| ("not read".to_owned(), what.clone())));
     rows.extend(info.damage.iter().map(|what| ("DAMAGE".to_owned(), what.clone())));
     let mut text = print::properties(rows);
+    if let Some(FormatSpecific::LonghornReplica(replica)) = &info.format_specific {
+        text.push_str("\n\nLayers, newest first:\n");
+        text.push_str(&replica.table());
+    }
     if !info.snapshots.is_empty() {
         text.push_str("\n\nSnapshots:\n");
         text.push_str(&qcow2_info::snapshot_table(&info.snapshots));

@@ -11,9 +11,11 @@
 mod check;
 mod compare;
 mod convert;
+mod directory;
 mod failure;
 mod info;
 pub mod layer;
+mod longhorn;
 mod map;
 mod print;
 mod qcow2_info;

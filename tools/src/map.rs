@@ -71,6 +71,7 @@ pub struct Entry {
 
 pub fn run(args: &MapArgs) -> Result<u8> {
     let stack = source::open(&args.file, &args.open)?;
+    print::notes(stack.notes());
     let start = args.start_offset.min(stack.size());
     let len = (stack.size() - start).min(args.max_length.unwrap_or(u64::MAX));
     let runs = runs(&stack, ByteRange::new(start, len))?;

@@ -95,6 +95,13 @@ pub fn exact(bytes: u64) -> String {
     format!("{} ({bytes} bytes)", size::show(bytes))
 }
 
+/// What the reader of a stack should know, on stderr, where it is in nobody's way.
+pub fn notes(notes: &[String]) {
+    for note in notes {
+        eprintln!("note: {}", shown(note));
+    }
+}
+
 /// Lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;

@@ -14,19 +14,16 @@ use bedplate_engine::{
 };
 use serde::Serialize;
 
-use crate::{info::Info, print, size, tables::raw_header};
+use crate::{
+    info::{FormatSpecific, Info},
+    print, size,
+    tables::raw_header,
+};
 
 /// The keys below `format-specific`.
 #[derive(Debug, Serialize)]
-pub struct FormatSpecific {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    data: Data,
-}
-
-#[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Data {
+pub struct Qcow2Info {
     compat: &'static str,
     compression_type: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -116,7 +113,7 @@ fn add_header(info: &mut Info, header: &Header, path: &Path) {
     }
     let is_v3 = header.version == Version::V3;
     let data_file = header.data_file.as_ref();
-    let data = Data {
+    let qcow2 = Qcow2Info {
         compat: if is_v3 { "1.1" } else { "0.10" },
         compression_type: match header.compression {
             Compression::Zlib => "zlib",
@@ -132,7 +129,7 @@ fn add_header(info: &mut Info, header: &Header, path: &Path) {
             .map(|name| String::from_utf8_lossy(name).into_owned()),
         data_file_raw: data_file.map(|file| file.layout == DataLayout::Raw),
     };
-    info.format_specific = Some(FormatSpecific { kind: "qcow2", data });
+    info.format_specific = Some(FormatSpecific::Qcow2(qcow2));
 }
 
 /// What the tables besides the header say; each that is damaged is named.
@@ -145,8 +142,10 @@ fn add_tables(info: &mut Info, layer: &Qcow2Layer) {
         return;
     }
     match (layer.bitmaps(), &mut info.format_specific) {
-        (Ok(bitmaps), Some(specific)) => specific.data.bitmaps = bitmaps.iter().map(bitmap).collect(),
-        (Ok(_), None) => {}
+        (Ok(bitmaps), Some(FormatSpecific::Qcow2(qcow2))) => {
+            qcow2.bitmaps = bitmaps.iter().map(bitmap).collect()
+        }
+        (Ok(_), Some(FormatSpecific::LonghornReplica(_)) | None) => {}
         (Err(error), _) => info.lacks(&error),
     }
 }
@@ -174,27 +173,26 @@ fn bitmap(bitmap: &Bitmap) -> BitmapInfo {
     }
 }
 
-impl FormatSpecific {
+impl Qcow2Info {
     /// For people.
     pub fn rows(&self) -> Vec<(String, String)> {
-        let data = &self.data;
         let yes_no = |flag: bool| if flag { "yes" } else { "no" }.to_owned();
         let mut rows = vec![
-            ("compatibility".to_owned(), data.compat.to_owned()),
-            ("compression".to_owned(), data.compression_type.to_owned()),
-            ("refcount bits".to_owned(), data.refcount_bits.to_string()),
+            ("compatibility".to_owned(), self.compat.to_owned()),
+            ("compression".to_owned(), self.compression_type.to_owned()),
+            ("refcount bits".to_owned(), self.refcount_bits.to_string()),
         ];
         let flags = [
-            ("lazy refcounts", data.lazy_refcounts),
-            ("extended L2", data.extended_l2),
-            ("marked corrupt", data.corrupt),
+            ("lazy refcounts", self.lazy_refcounts),
+            ("extended L2", self.extended_l2),
+            ("marked corrupt", self.corrupt),
         ];
         rows.extend(flags.into_iter().filter_map(|(name, flag)| Some((name.to_owned(), yes_no(flag?)))));
-        if let Some(raw) = data.data_file_raw {
-            let name = data.data_file.as_deref().unwrap_or("unnamed");
+        if let Some(raw) = self.data_file_raw {
+            let name = self.data_file.as_deref().unwrap_or("unnamed");
             rows.push(("data file".to_owned(), format!("{name}{}", if raw { " (raw)" } else { "" })));
         }
-        for bitmap in &data.bitmaps {
+        for bitmap in &self.bitmaps {
             let flags = if bitmap.flags.is_empty() { "no flags".to_owned() } else { bitmap.flags.join(", ") };
             let granularity = size::show(bitmap.granularity);
             rows.push(("bitmap".to_owned(), format!("{} (one bit for {granularity}; {flags})", bitmap.name)));

@@ -20,6 +20,7 @@ use bedplate_engine::{
 use clap::{Args, ValueEnum};
 
 use crate::{
+    directory::{self, Directory},
     layer::{FileLayer, QcowLayer, check_kind, open_file},
     references::{self, References},
     stack::{Floor, Layer, Stack},
@@ -64,13 +65,18 @@ pub struct FileArgs {
     /// Open the backing and data files that a file names, if they are beneath this directory
     #[arg(long, value_name = "DIR")]
     pub allow_references: Option<PathBuf>,
-    /// The backing file of a Longhorn replica (raw or qcow2), or the image of a volume
+    /// The backing file of a Longhorn replica (raw or qcow2), `none` where there is none; or the image of a volume
     #[arg(long, value_name = "FILE")]
     pub backing: Option<PathBuf>,
 }
 
 /// Open `path` for reading its content.
 pub fn open(path: &Path, args: &OpenArgs) -> Result<Stack> {
+    if path.is_dir() {
+        return match directory::open(path)? {
+            Directory::Replica(replica) => replica.into_stack(args.snapshot.as_deref(), &args.files),
+        };
+    }
     let file = open_file(path)?;
     refuse_backing(path, &args.files)?;
     let format = match args.format {

@@ -99,6 +99,7 @@ pub struct Stack {
     layers: Vec<Box<dyn Layer>>,
     floor: Floor,
     size: u64,
+    notes: Vec<String>,
 }
 
 /// What is called with each run and the segment of its layer.
@@ -107,7 +108,17 @@ type Found<'a> = dyn FnMut(Run, Segment) -> Result<ControlFlow<()>> + 'a;
 impl Stack {
     /// `size` is what the whole reads as.
     pub fn new(layers: Vec<Box<dyn Layer>>, floor: Floor, size: u64) -> Stack {
-        Stack { layers, floor, size }
+        Stack { layers, floor, size, notes: Vec::new() }
+    }
+
+    /// With what its reader should know: what was not as it should be, and what was done about it.
+    #[must_use]
+    pub fn with_notes(self, notes: Vec<String>) -> Stack {
+        Stack { notes, ..self }
+    }
+
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     pub fn size(&self) -> u64 {
