@@ -96,7 +96,9 @@ fn compared(args: &CompareArgs) -> Result<u8> {
     };
     let a = source::open(&args.a, &args.open)?;
     let b = source::open(&args.b, &other)?;
-    [&a, &b].map(|stack| print::notes(stack.notes()));
+    for stack in [&a, &b] {
+        print::notes(stack.notes());
+    }
     let sizes = [a.size(), b.size()];
     let unequal = sizes[0] != sizes[1];
     let mismatch = if args.strict && unequal {

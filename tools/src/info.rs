@@ -11,7 +11,7 @@ use std::{
 
 use bedplate_engine::{
     error::{Error, Result as EngineResult},
-    image::{Format, qcow2::View},
+    image::{Format, chain::AllowedDirectory, qcow2::View},
 };
 use clap::Args;
 use serde::Serialize;
@@ -24,7 +24,6 @@ use crate::{
     longhorn::{self, ReplicaInfo},
     print::{self, Output},
     qcow2_info::{self, Qcow2Info, SnapshotInfo},
-    references::References,
     source::{self, Chain, FileArgs, FormatName},
     stack::Layer,
     verify::digest,
@@ -139,8 +138,8 @@ fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
     };
     let mut infos = vec![of_file(&file, &args.file, format)?];
     if args.backing_chain {
-        let references = args.files.allow_references.as_deref().map(References::allow).transpose()?;
-        match below(file, &args.file, format, references.as_ref()) {
+        let allowed = args.files.allowed()?;
+        match below(file, &args.file, format, allowed.as_ref()) {
             Ok((further, refusal)) => {
                 infos.extend(further);
                 if let (Some(last), Some(refusal)) = (infos.last_mut(), refusal) {
@@ -176,9 +175,9 @@ fn below(
     file: File,
     path: &Path,
     format: Format,
-    references: Option<&References>,
+    allowed: Option<&AllowedDirectory>,
 ) -> EngineResult<(Vec<Info>, Option<Error>)> {
-    let chain = Chain::open(file, path, format, &View::Active, references)?;
+    let chain = Chain::open(file, path, format, &View::Active, allowed)?;
     let mut infos = Vec::new();
     for link in chain.links.iter().skip(1) {
         let format = match link {

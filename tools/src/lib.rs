@@ -12,7 +12,9 @@ mod check;
 mod compare;
 mod convert;
 mod directory;
+mod dump;
 mod failure;
+mod header_dump;
 mod info;
 pub mod layer;
 mod longhorn;
@@ -20,7 +22,6 @@ mod map;
 mod print;
 mod qcow2_info;
 mod refcheck;
-mod references;
 pub mod size;
 pub mod source;
 pub mod stack;
@@ -39,6 +40,7 @@ pub enum Verb {
     Check(check::CheckArgs),
     Compare(compare::CompareArgs),
     Verify(verify::VerifyArgs),
+    Dump(dump::DumpArgs),
     Convert(convert::ConvertArgs),
 }
 
@@ -51,6 +53,7 @@ impl Verb {
             Verb::Check(args) => check::run(args),
             Verb::Compare(args) => compare::run(args),
             Verb::Verify(args) => verify::run(args),
+            Verb::Dump(args) => dump::run(args),
             Verb::Convert(args) => convert::run(args),
         }
     }
@@ -63,6 +66,7 @@ impl Verb {
             Verb::Check(_) => "inspect check",
             Verb::Compare(_) => "inspect compare",
             Verb::Verify(_) => "inspect verify",
+            Verb::Dump(_) => "inspect dump",
             Verb::Convert(_) => "inspect convert",
         }
     }

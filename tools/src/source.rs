@@ -14,6 +14,7 @@ use bedplate_engine::{
     error::{Error, Result},
     image::{
         Format, PROBE_LEN,
+        chain::{AllowedDirectory, CHAIN_DEPTH_MAX},
         qcow2::{Qcow2Layer, Source, View, header::Header},
     },
 };
@@ -22,12 +23,11 @@ use clap::{Args, ValueEnum};
 use crate::{
     directory::{self, Directory},
     layer::{FileLayer, QcowLayer, check_kind, open_file},
-    references::{self, References},
     stack::{Floor, Layer, Stack},
 };
 
-/// Files of one backing chain.
-pub const CHAIN_DEPTH_MAX: usize = 64;
+/// What to do about a file that may not be opened.
+const REMEDY: &str = "name a directory that holds it with --allow-references DIR";
 
 /// How a file is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -70,6 +70,13 @@ pub struct FileArgs {
     pub backing: Option<PathBuf>,
 }
 
+impl FileArgs {
+    /// The directory beneath which names are followed.
+    pub fn allowed(&self) -> Result<Option<AllowedDirectory>> {
+        self.allow_references.as_deref().map(AllowedDirectory::open).transpose()
+    }
+}
+
 /// Open `path` for reading its content.
 pub fn open(path: &Path, args: &OpenArgs) -> Result<Stack> {
     if path.is_dir() {
@@ -84,8 +91,8 @@ pub fn open(path: &Path, args: &OpenArgs) -> Result<Stack> {
         None => probe(&file, path)?,
     };
     let view = args.snapshot.clone().map_or(View::Active, View::Snapshot);
-    let references = args.files.allow_references.as_deref().map(References::allow).transpose()?;
-    let chain = Chain::open(file, path, format, &view, references.as_ref())?;
+    let allowed = args.files.allowed()?;
+    let chain = Chain::open(file, path, format, &view, allowed.as_ref())?;
     Ok(chain.into_stack())
 }
 
@@ -113,7 +120,8 @@ pub fn probe(file: &File, path: &Path) -> Result<Format> {
     Ok(Format::of(start.get(..filled).unwrap_or_default()))
 }
 
-/// A file and those below it, as far as they may be opened.
+/// A file and those below it, as far as they may be opened. Unlike the engine's chain it stands also where the rest of it
+/// may not be opened, and tells the holes of raw files.
 pub struct Chain {
     /// Top first.
     pub links: Vec<Link>,
@@ -150,7 +158,7 @@ impl Chain {
         path: &Path,
         format: Format,
         view: &View,
-        references: Option<&References>,
+        allowed: Option<&AllowedDirectory>,
     ) -> Result<Chain> {
         let mut chain = Chain { links: Vec::new(), floor: Floor::Zeros };
         let mut seen = HashSet::new();
@@ -176,8 +184,8 @@ impl Chain {
                 }
                 Format::Qcow2 => {
                     let mut layer = Qcow2Layer::open(file, &path, &view)?;
-                    attach_data_file(&mut layer, &path, references)?;
-                    next = chain.below(layer.header(), &path, references)?;
+                    attach_data_file(&mut layer, &path, allowed)?;
+                    next = chain.below(layer.header(), &path, allowed)?;
                     chain.links.push(Link::Qcow2 { layer: Box::new(layer), path });
                 }
             }
@@ -190,16 +198,16 @@ impl Chain {
         &mut self,
         header: &Header,
         path: &Path,
-        references: Option<&References>,
+        allowed: Option<&AllowedDirectory>,
     ) -> Result<Option<(File, PathBuf, Format)>> {
         let Some(backing) = &header.backing else { return Ok(None) };
-        let Some(references) = references else {
+        let Some(allowed) = allowed else {
             let name = String::from_utf8_lossy(&backing.name).into_owned();
-            let refusal = references::refusal(path, "backing file", &backing.name);
+            let refusal = refusal(path, &backing.name);
             self.floor = Floor::Unopened { name, refusal };
             return Ok(None);
         };
-        let (file, below) = references.open(path, &backing.name)?;
+        let (file, below) = reference(allowed, path, &backing.name)?;
         let format = match backing.format.as_deref() {
             None => probe(&file, &below)?,
             Some("raw") => Format::Raw,
@@ -224,12 +232,29 @@ impl Chain {
 }
 
 /// Open the file that holds the clusters, if the header names one and it may be opened; else reading them is refused.
-fn attach_data_file(layer: &mut Qcow2Layer, path: &Path, references: Option<&References>) -> Result<()> {
+fn attach_data_file(layer: &mut Qcow2Layer, path: &Path, allowed: Option<&AllowedDirectory>) -> Result<()> {
     let name = layer.header().data_file.as_ref().and_then(|data_file| data_file.name.clone());
-    if let (Some(name), Some(references)) = (name, references) {
-        let (file, data_path) = references.open(path, &name)?;
+    if let (Some(name), Some(allowed)) = (name, allowed) {
+        let (file, data_path) = reference(allowed, path, &name)?;
         check_kind(&file, &data_path)?;
         layer.attach_data_file(Source::new(file, &data_path)?);
     }
     Ok(())
+}
+
+/// Open what the image at `path` calls `name`, relative to its own directory.
+fn reference(allowed: &AllowedDirectory, path: &Path, name: &[u8]) -> Result<(File, PathBuf)> {
+    let own = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) | None => Path::new("."),
+    };
+    let own = own.canonicalize().map_err(|e| Error::io("open", own, e))?;
+    allowed.open_reference(path, &own, name)
+}
+
+/// Why the backing file `name` of the image at `path` is not opened when no directory was allowed.
+fn refusal(path: &Path, name: &[u8]) -> Error {
+    let what =
+        format!("reading the backing file {:?} without leave ({REMEDY})", String::from_utf8_lossy(name));
+    Error::Unsupported { path: path.to_owned(), what }
 }

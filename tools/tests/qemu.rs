@@ -402,3 +402,30 @@ fn what_is_damaged_is_named_and_the_rest_is_shown() {
     assert_eq!(info.json()["virtual-size"], 3 << 20);
     assert!(info.json()["damage"][0].as_str().unwrap().contains("snapshots_offset"));
 }
+
+#[test]
+fn dump_shows_every_structure_beside_its_bytes() {
+    let corpus = Corpus::make();
+    for (name, path) in corpus.images() {
+        let header = inspect(&["dump", &path, "--header", "-o", "json"]).json();
+        let field = |wanted: &str| {
+            header.as_array().unwrap().iter().find(|row| row["field"] == wanted).cloned().unwrap_or_default()
+        };
+        assert_eq!(field("magic")["bytes"], "514649fb", "{name}");
+        assert_eq!(field("size")["value"], qemu_img_size(&path).to_string());
+        for what in [&["--l1"][..], &["--refcounts"], &["--l2", "0"], &["--at", "1000k"]] {
+            let dumped = inspect(&[&["dump", &path][..], what].concat());
+            assert_eq!(dumped.code, 0, "{name} {what:?}: {}", dumped.stderr);
+        }
+    }
+    let map = qemu_img(&["map", "--output=json", &corpus.path("plain")]).json();
+    let way = inspect(&["dump", &corpus.path("plain"), "--at", "0", "-o", "json"]).json();
+    assert_eq!(way[1]["value"], format!("data at {:#x}, copied", map[0]["offset"].as_u64().unwrap()));
+    assert_eq!(way[2]["bytes"], "01".repeat(16));
+    assert_eq!(inspect(&["dump", &corpus.path("plain")]).code, 2);
+    assert_eq!(inspect(&["dump", &corpus.path("base.raw"), "--header"]).code, 5);
+}
+
+fn qemu_img_size(path: &str) -> u64 {
+    qemu_img(&["info", "--output=json", path]).json()["virtual-size"].as_u64().unwrap()
+}

@@ -17,7 +17,7 @@ use std::{
 
 use bedplate_engine::{
     error::{Corruption, Error, Result},
-    image::qcow2::View,
+    image::{chain::CHAIN_DEPTH_MAX, qcow2::View},
     units::{ByteOffset, VOLUME_SIZE_MAX},
 };
 use rustix::fs::{Mode, OFlags};
@@ -26,7 +26,6 @@ use self::record::{LayerMeta, VolumeMeta};
 pub use self::report::{ReplicaInfo, check, info};
 use crate::{
     layer::{FileLayer, open_file},
-    references::References,
     source::{self, Chain, FileArgs},
     stack::{Floor, LAYERS_MAX, Layer, Stack},
 };
@@ -134,7 +133,7 @@ impl Replica {
             if !seen.insert(name.clone()) {
                 return Err(self.corrupt(&name, "it stands on itself".to_owned()));
             }
-            if chain.len() == LAYERS_MAX - crate::source::CHAIN_DEPTH_MAX {
+            if chain.len() == LAYERS_MAX - CHAIN_DEPTH_MAX {
                 return Err(self.corrupt(&name, format!("more than {} layers are above it", chain.len())));
             }
             let Some(entry) = self.entries.get(&name) else {
@@ -167,8 +166,8 @@ impl Replica {
             }
             let file = open_file(backing)?;
             let format = source::probe(&file, backing)?;
-            let references = args.allow_references.as_deref().map(References::allow).transpose()?;
-            return Ok(Chain::open(file, backing, format, &View::Active, references.as_ref())?.into_layers());
+            let allowed = args.allowed()?;
+            return Ok(Chain::open(file, backing, format, &View::Active, allowed.as_ref())?.into_layers());
         }
         let unopened = |name: &str, why: String| {
             let refusal = Error::Unsupported { path: self.path.clone(), what: why };

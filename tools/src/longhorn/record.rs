@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn what_is_no_record_is_corrupt() {
         let deep = "[".repeat(100_000);
-        for text in ["", "{", "[]", "{\"Size\":-1}", "{\"Size\":1e400}", &deep] {
+        for text in ["", "{", "7", "{\"Size\":-1}", "{\"Size\":1e400}", &deep] {
             assert!(matches!(parse::<VolumeMeta>(text), Err(Error::Corrupt { .. })), "{text:.20}");
         }
     }
