@@ -12,6 +12,7 @@ use std::{
 use bedplate_engine::{
     error::{Error, Result as EngineResult},
     image::{Format, chain::AllowedDirectory, qcow2::View},
+    units::ByteRange,
 };
 use clap::Args;
 use serde::Serialize;
@@ -20,11 +21,13 @@ use sha2::Sha512;
 use crate::{
     directory::{self, Directory},
     failure::Result,
+    html::{self, Mapped},
     layer::{FileLayer, open_file},
     longhorn::{self, ReplicaInfo},
-    print::{self, Output},
+    map,
+    print::{self, Output, PageOutput},
     qcow2_info::{self, Qcow2Info, SnapshotInfo},
-    source::{self, Chain, FileArgs, FormatName},
+    source::{self, Chain, FileArgs, FormatName, OpenArgs},
     stack::Layer,
     verify::digest,
 };
@@ -33,6 +36,7 @@ const EXAMPLES: &str = "Examples:
   bedplate inspect info disk.qcow2
   bedplate inspect info overlay.qcow2 --backing-chain --allow-references . -o json
   bedplate inspect info disk.raw --digest
+  bedplate inspect info disk.qcow2 -o html > disk.html
 
 The keys of `-o json` are those of `qemu-img info --output=json`. Exit code 5 says that something is damaged; it is
 named under `damage`, and everything else is shown.";
@@ -56,7 +60,7 @@ pub struct InfoArgs {
     digest: bool,
     /// How to print
     #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
+    output: PageOutput,
 }
 
 /// One file.
@@ -113,31 +117,99 @@ impl Info {
             list.push(text);
         }
     }
+
+    /// For people: name and value of each property.
+    pub fn rows(&self) -> Vec<(String, String)> {
+        let mut rows: Vec<(String, String)> = Vec::new();
+        let mut row = |name: &str, value: String| rows.push((name.to_owned(), value));
+        row("file", self.filename.clone());
+        row("format", self.format.to_owned());
+        if let Some(size) = self.virtual_size {
+            row("virtual size", print::exact(size));
+        }
+        row("on disk", print::exact(self.actual_size));
+        if let Some(size) = self.cluster_size {
+            row("cluster", print::exact(size));
+        }
+        if let Some(name) = &self.backing_filename {
+            let format = self.backing_filename_format.as_deref().unwrap_or("not said");
+            row("backing file", format!("{name} (format: {format})"));
+        }
+        if self.encrypted == Some(true) {
+            row("encrypted", "yes".to_owned());
+        }
+        if self.dirty_flag {
+            row("dirty", "yes: whoever wrote last did not close it".to_owned());
+        }
+        if let Some(specific) = &self.format_specific {
+            rows.extend(match specific {
+                FormatSpecific::Qcow2(qcow2) => qcow2.rows(),
+                FormatSpecific::LonghornReplica(replica) => replica.rows(),
+            });
+        }
+        if let Some(sha512) = &self.sha512 {
+            rows.push(("sha512".to_owned(), sha512.clone()));
+        }
+        rows.extend(self.unsupported.iter().map(|what| ("not read".to_owned(), what.clone())));
+        rows.extend(self.damage.iter().map(|what| ("DAMAGE".to_owned(), what.clone())));
+        rows
+    }
+
+    /// For people: the lists that it has, each with a title.
+    pub fn tables(&self) -> Vec<(&'static str, String)> {
+        let mut tables = Vec::new();
+        if let Some(FormatSpecific::LonghornReplica(replica)) = &self.format_specific {
+            tables.push(("Layers, newest first", replica.table()));
+        }
+        if !self.snapshots.is_empty() {
+            tables.push(("Snapshots", qcow2_info::snapshot_table(&self.snapshots)));
+        }
+        tables
+    }
 }
 
 pub fn run(args: &InfoArgs) -> Result<u8> {
     let infos = gather(args)?;
+    let output = match args.output {
+        PageOutput::Table => Output::Table,
+        PageOutput::Json => Output::Json,
+        PageOutput::Html => return page(args, &infos),
+    };
     let is_damaged = infos.iter().any(|info| !info.damage.is_empty());
     let people = |infos: &[Info]| infos.iter().map(text).collect::<Vec<_>>().join("\n\n");
     match infos.as_slice() {
-        [one] if !args.backing_chain => print::report(args.output, one, text)?,
-        all => print::report(args.output, all, people)?,
+        [one] if !args.backing_chain => print::report(output, one, text)?,
+        all => print::report(output, all, people)?,
     }
     Ok(if is_damaged { 5 } else { 0 })
 }
 
+/// As a page, with the map where the content can be read.
+fn page(args: &InfoArgs, infos: &[Info]) -> Result<u8> {
+    let open = OpenArgs { format: args.format, snapshot: None, files: args.files.clone() };
+    let title = args.file.display().to_string();
+    let page = match source::open(&args.file, &open) {
+        Ok(stack) => {
+            let len = stack.size();
+            let runs = map::runs(&stack, ByteRange::new(0, len))?;
+            html::page(&title, infos, Some(&Mapped { stack: &stack, runs: &runs, start: 0, len }))
+        }
+        // Why is among what is shown: whatever stops the map is damage or not supported.
+        Err(_) => html::page(&title, infos, None),
+    };
+    print::line(&page)?;
+    Ok(if infos.iter().any(|info| !info.damage.is_empty()) { 5 } else { 0 })
+}
+
 /// What there is to say of the file, and of those below it where that is asked for.
 fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
-    if args.file.is_dir() {
-        return Ok(vec![of_directory(&args.file)?]);
-    }
-    let file = open_file(&args.file)?;
-    let format = match args.format {
-        Some(format) => format.into(),
-        None => source::probe(&file, &args.file)?,
-    };
-    let mut infos = vec![of_file(&file, &args.file, format)?];
-    if args.backing_chain {
+    let mut infos = vec![of_path(&args.file, args.format)?];
+    if args.backing_chain && !args.file.is_dir() {
+        let file = open_file(&args.file)?;
+        let format = match args.format {
+            Some(format) => format.into(),
+            None => source::probe(&file, &args.file)?,
+        };
         let allowed = args.files.allowed()?;
         match below(file, &args.file, format, allowed.as_ref()) {
             Ok((further, refusal)) => {
@@ -153,12 +225,25 @@ fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
             }
         }
     }
-    if args.digest {
+    if args.digest && !args.file.is_dir() {
         for info in &mut infos {
             info.sha512 = Some(digest::<Sha512>(Path::new(&info.filename))?);
         }
     }
     Ok(infos)
+}
+
+/// What there is to say of a file or directory, without those below it.
+pub fn of_path(path: &Path, format: Option<FormatName>) -> EngineResult<Info> {
+    if path.is_dir() {
+        return of_directory(path);
+    }
+    let file = open_file(path)?;
+    let format = match format {
+        Some(format) => format.into(),
+        None => source::probe(&file, path)?,
+    };
+    of_file(&file, path, format)
 }
 
 /// What there is to say of a directory of layers.
@@ -194,7 +279,7 @@ fn below(
 }
 
 /// What there is to say of one file.
-pub fn of_file(file: &File, path: &Path, format: Format) -> EngineResult<Info> {
+fn of_file(file: &File, path: &Path, format: Format) -> EngineResult<Info> {
     let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
     let again = || file.try_clone().map_err(|e| Error::io("open", path, e));
     let mut info = Info {
@@ -218,46 +303,12 @@ pub fn of_file(file: &File, path: &Path, format: Format) -> EngineResult<Info> {
 
 /// For people.
 fn text(info: &Info) -> String {
-    let mut rows: Vec<(String, String)> = Vec::new();
-    let mut row = |name: &str, value: String| rows.push((name.to_owned(), value));
-    row("file", info.filename.clone());
-    row("format", info.format.to_owned());
-    if let Some(size) = info.virtual_size {
-        row("virtual size", print::exact(size));
-    }
-    row("on disk", print::exact(info.actual_size));
-    if let Some(size) = info.cluster_size {
-        row("cluster", print::exact(size));
-    }
-    if let Some(name) = &info.backing_filename {
-        let format = info.backing_filename_format.as_deref().unwrap_or("not said");
-        row("backing file", format!("{name} (format: {format})"));
-    }
-    if info.encrypted == Some(true) {
-        row("encrypted", "yes".to_owned());
-    }
-    if info.dirty_flag {
-        row("dirty", "yes: whoever wrote last did not close it".to_owned());
-    }
-    if let Some(specific) = &info.format_specific {
-        rows.extend(match specific {
-            FormatSpecific::Qcow2(qcow2) => qcow2.rows(),
-            FormatSpecific::LonghornReplica(replica) => replica.rows(),
-        });
-    }
-    if let Some(sha512) = &info.sha512 {
-        rows.push(("sha512".to_owned(), sha512.clone()));
-    }
-    rows.extend(info.unsupported.iter().map(|what| ("not read".to_owned(), what.clone())));
-    rows.extend(info.damage.iter().map(|what| ("DAMAGE".to_owned(), what.clone())));
-    let mut text = print::properties(rows);
-    if let Some(FormatSpecific::LonghornReplica(replica)) = &info.format_specific {
-        text.push_str("\n\nLayers, newest first:\n");
-        text.push_str(&replica.table());
-    }
-    if !info.snapshots.is_empty() {
-        text.push_str("\n\nSnapshots:\n");
-        text.push_str(&qcow2_info::snapshot_table(&info.snapshots));
+    let mut text = print::properties(info.rows());
+    for (title, table) in info.tables() {
+        text.push_str("\n\n");
+        text.push_str(title);
+        text.push_str(":\n");
+        text.push_str(&table);
     }
     text
 }

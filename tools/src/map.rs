@@ -11,7 +11,10 @@ use serde::Serialize;
 
 use crate::{
     failure::Result,
-    print::{self, Output},
+    html::{self, Mapped},
+    info::{self, Info},
+    picture::{By, Picture},
+    print::{self, Output, PageOutput},
     size,
     source::{self, OpenArgs},
     stack::{Kind, Run, Stack},
@@ -23,6 +26,8 @@ pub const RUNS_MAX: usize = 4 << 20;
 const EXAMPLES: &str = "Examples:
   bedplate inspect map disk.qcow2
   bedplate inspect map overlay.qcow2 --allow-references . --layers
+  bedplate inspect map disk.qcow2 --chart
+  bedplate inspect map disk.qcow2 -o html > disk.html
   bedplate inspect map disk.qcow2 -o json --start-offset 1G --max-length 64M
 
 The keys of `-o json` are those of `qemu-img map --output=json`. Ranges that are damaged have the key `damage`, and the
@@ -45,9 +50,12 @@ pub struct MapArgs {
     /// Show whose bytes they are: every range, with the file that has it
     #[arg(long)]
     layers: bool,
+    /// Draw a picture; with --layers, of which layer has what
+    #[arg(long)]
+    chart: bool,
     /// How to print
     #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
+    output: PageOutput,
 }
 
 /// One run.
@@ -75,11 +83,27 @@ pub fn run(args: &MapArgs) -> Result<u8> {
     let start = args.start_offset.min(stack.size());
     let len = (stack.size() - start).min(args.max_length.unwrap_or(u64::MAX));
     let runs = runs(&stack, ByteRange::new(start, len))?;
+    let is_damaged = runs.iter().any(|run| matches!(run.kind, Kind::Damaged));
+    let output = match args.output {
+        PageOutput::Html => {
+            let infos: Vec<Info> = vec![info::of_path(&args.file, args.open.format)?];
+            let mapped = Mapped { stack: &stack, runs: &runs, start, len };
+            print::line(&html::page(&args.file.display().to_string(), &infos, Some(&mapped)))?;
+            return Ok(if is_damaged { 5 } else { 0 });
+        }
+        PageOutput::Table if args.chart => {
+            let by = if args.layers { By::Layer } else { By::Fullness };
+            print::line(&Picture::new(&runs, start, len).chart(start, by))?;
+            return Ok(if is_damaged { 5 } else { 0 });
+        }
+        PageOutput::Table => Output::Table,
+        PageOutput::Json => Output::Json,
+    };
     let names = stack.names();
     let entries: Vec<_> = runs.iter().map(|run| entry(&stack, *run, args.layers.then_some(&names))).collect();
     let kinds = runs.iter().map(|run| run.kind);
-    print::report(args.output, &entries, |entries| table(entries, kinds, &names, args.layers))?;
-    Ok(if entries.iter().any(|entry| entry.damage.is_some()) { 5 } else { 0 })
+    print::report(output, &entries, |entries| table(entries, kinds, &names, args.layers))?;
+    Ok(if is_damaged { 5 } else { 0 })
 }
 
 /// All runs of a range.

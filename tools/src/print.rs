@@ -23,6 +23,18 @@ pub enum Output {
     Json,
 }
 
+/// What `-o` takes where there is something to draw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum PageOutput {
+    /// For people
+    #[default]
+    Table,
+    /// With qemu-img's keys where it has them
+    Json,
+    /// One page with what the file is and a picture of its data
+    Html,
+}
+
 /// Write `value` as JSON, or as the text that `people` makes of it.
 pub fn report<T: Serialize + ?Sized>(
     output: Output,

@@ -429,3 +429,22 @@ fn dump_shows_every_structure_beside_its_bytes() {
 fn qemu_img_size(path: &str) -> u64 {
     qemu_img(&["info", "--output=json", path]).json()["virtual-size"].as_u64().unwrap()
 }
+
+#[test]
+fn a_chart_and_a_page_show_where_data_lies() {
+    let corpus = Corpus::make();
+    for (name, path) in corpus.images() {
+        for args in [&["map", &path, "--chart"][..], &["map", &path, "--chart", "--layers"]] {
+            let chart = inspect(&[args, &["--allow-references", corpus.root()]].concat());
+            assert!(chart.code == 0 && chart.stdout.starts_with("0x0000000000000000 "), "{name} {chart:?}");
+        }
+        for verb in ["info", "map"] {
+            let page = inspect(&[verb, &path, "-o", "html", "--allow-references", corpus.root()]);
+            assert_eq!(page.code, 0, "{name} {}", page.stderr);
+            let page = page.stdout;
+            assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"));
+            assert!(page.contains("<svg ") && page.contains(name));
+            assert!(!page.contains("http") && !page.contains("<script"), "it needs nothing else");
+        }
+    }
+}
