@@ -106,7 +106,7 @@ fn picture(page: &mut String, mapped: &Mapped<'_>) {
     for (look, name) in key {
         let _ = write!(page, "<span><b style=\"color:{}\">&#9632;</b> {name}</span>", colour(look).0);
     }
-    let _ = write!(page, "one cell is {}</p>\n", size::show(picture.cell_len));
+    let _ = writeln!(page, "one cell is {}</p>", size::show(picture.cell_len));
 }
 
 fn listing(page: &mut String, mapped: &Mapped<'_>) {
@@ -127,7 +127,7 @@ fn listing(page: &mut String, mapped: &Mapped<'_>) {
     page.push_str("</table>\n");
     let more = mapped.runs.len().saturating_sub(ROWS_MAX);
     if more > 0 {
-        let _ = write!(page, "<p>and {more} more: see `-o json`</p>\n");
+        let _ = writeln!(page, "<p>and {more} more: see `-o json`</p>");
     }
 }
 

@@ -19,6 +19,7 @@ use serde::Serialize;
 use sha2::Sha512;
 
 use crate::{
+    content::{self, Content},
     directory::{self, Directory},
     failure::Result,
     html::{self, Mapped},
@@ -87,6 +88,9 @@ pub struct Info {
     pub snapshots: Vec<SnapshotInfo>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format_specific: Option<FormatSpecific>,
+    /// What the guest sees in it; not `qemu-img`'s key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<Content>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha512: Option<String>,
     /// What is wrong; not `qemu-img`'s key.
@@ -147,6 +151,9 @@ impl Info {
                 FormatSpecific::LonghornReplica(replica) => replica.rows(),
             });
         }
+        if let Some(content) = &self.content {
+            rows.extend(content.rows());
+        }
         if let Some(sha512) = &self.sha512 {
             rows.push(("sha512".to_owned(), sha512.clone()));
         }
@@ -160,6 +167,9 @@ impl Info {
         let mut tables = Vec::new();
         if let Some(FormatSpecific::LonghornReplica(replica)) = &self.format_specific {
             tables.push(("Layers, newest first", replica.table()));
+        }
+        if let Some(partitions) = self.content.as_ref().and_then(Content::table) {
+            tables.push(("Partitions", partitions));
         }
         if !self.snapshots.is_empty() {
             tables.push(("Snapshots", qcow2_info::snapshot_table(&self.snapshots)));
@@ -204,6 +214,9 @@ fn page(args: &InfoArgs, infos: &[Info]) -> Result<u8> {
 /// What there is to say of the file, and of those below it where that is asked for.
 fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
     let mut infos = vec![of_path(&args.file, args.format)?];
+    if let Some(first) = infos.first_mut() {
+        look_inside(args, first);
+    }
     if args.backing_chain && !args.file.is_dir() {
         let file = open_file(&args.file)?;
         let format = match args.format {
@@ -253,6 +266,21 @@ fn of_directory(path: &Path) -> EngineResult<Info> {
         Directory::Replica(replica) => longhorn::info(&replica, &mut info),
     }
     Ok(info)
+}
+
+/// What the guest sees, where that can be read: a map of what cannot is `map`'s affair.
+fn look_inside(args: &InfoArgs, info: &mut Info) {
+    let open = OpenArgs { format: args.format, snapshot: None, files: args.files.clone() };
+    let looked = source::open(&args.file, &open).and_then(|stack| content::look(&stack));
+    match looked {
+        Ok(content) => {
+            info.damage.extend(content.table_damage.iter().map(|what| format!("partition table: {what}")));
+            info.content = (!content.is_empty()).then_some(content);
+        }
+        Err(error @ (Error::Corrupt { .. } | Error::Lost { .. })) => info.lacks(&error),
+        // A file below that may not be opened is named anyway.
+        Err(_) => {}
+    }
 }
 
 /// The files below `file`, and why there are no more.

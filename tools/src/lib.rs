@@ -10,6 +10,7 @@
 
 mod check;
 mod compare;
+mod content;
 mod convert;
 mod directory;
 mod dump;
