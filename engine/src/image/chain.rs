@@ -81,7 +81,7 @@ impl AllowedDirectory {
     }
 
     /// Open the file that an image in `directory` calls `name`. Returns it with its path.
-    fn open_reference(&self, image: &Path, directory: &Path, name: &[u8]) -> Result<(File, PathBuf)> {
+    pub fn open_reference(&self, image: &Path, directory: &Path, name: &[u8]) -> Result<(File, PathBuf)> {
         let shown = String::from_utf8_lossy(name);
         let refuse = |why: &str| Error::Unsupported {
             path: image.to_owned(),

@@ -114,7 +114,13 @@ impl Drop for Claim<'_> {
 
 impl Volume {
     pub(super) fn new(storage: Arc<dyn Storage>, record: VolumeRecord, backend: Backend) -> Volume {
-        Volume { storage, record: Mutex::new(record), backend, usage: Mutex::default(), released: Condvar::new() }
+        Volume {
+            storage,
+            record: Mutex::new(record),
+            backend,
+            usage: Mutex::default(),
+            released: Condvar::new(),
+        }
     }
 
     fn in_use(&self) -> MutexGuard<'_, Use> {
@@ -135,7 +141,8 @@ impl Volume {
 
     /// Wait until nobody holds it, but no longer than `patience`.
     pub fn wait_released(&self, patience: Duration) {
-        let wait = self.released.wait_timeout_while(self.in_use(), patience, |usage| !usage.holders.is_empty());
+        let wait =
+            self.released.wait_timeout_while(self.in_use(), patience, |usage| !usage.holders.is_empty());
         drop(wait);
     }
 
