@@ -29,6 +29,7 @@ pub enum Format {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
     Refuse,
+    /// Only a regular file; a link to one is replaced itself.
     Replace,
 }
 
@@ -66,8 +67,13 @@ pub fn to_file(
         return Err(Error::Invalid(format!("{} is not a file name", path.display())));
     }
     let taken = || Error::Exists { kind: "file", name: path.display().to_string() };
-    if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
-        return Err(taken());
+    match existing {
+        Existing::Refuse if path.symlink_metadata().is_ok() => return Err(taken()),
+        // A device or a pipe would be taken away and a file put in its place; a directory refuses that, but late.
+        Existing::Replace if path.metadata().is_ok_and(|target| !target.is_file()) => {
+            return Err(Error::Invalid(format!("{} is not a regular file", path.display())));
+        }
+        Existing::Refuse | Existing::Replace => {}
     }
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
