@@ -261,6 +261,29 @@ fn a_monitor_ends_an_export_with_its_own_error() {
 }
 
 #[test]
+fn a_monitor_reads_the_whole_file_before_it_has_its_name_and_may_refuse_it() {
+    struct Reader(Option<Vec<u8>>);
+    impl Monitor for Reader {
+        fn reached(&mut self, _at: u64) -> Result<()> {
+            Ok(())
+        }
+        fn complete(&mut self, file: &File) -> Result<()> {
+            let mut start = vec![0; 4];
+            file.read_exact_at(&mut start, 0).unwrap();
+            self.0 = Some(start);
+            Err(Error::Invalid("not this one".into()))
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (path, format) = (dir.path().join("x"), Format::Qcow2(Options::default()));
+    let mut reader = Reader(None);
+    let refused = to_file(&Bytes(vec![7; 1 << 20]), &path, Existing::Refuse, format, &mut reader);
+    assert!(matches!(refused, Err(Error::Invalid(text)) if text == "not this one"));
+    assert_eq!(reader.0.as_deref(), Some(&b"QFI\xfb"[..]));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn only_regular_files_are_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let (pipe, link) = (dir.path().join("pipe"), dir.path().join("link"));

@@ -48,7 +48,7 @@ impl Draft {
     pub fn create(directory: &Path) -> Result<Draft> {
         let hidden = directory.join(format!("{DRAFT_PREFIX}{}{DRAFT_SUFFIX}", Uuid::new_v4().simple()));
         let mut options = OpenOptions::new();
-        options.write(true).mode(0o600);
+        options.read(true).write(true).mode(0o600);
         match options.clone().custom_flags(libc::O_TMPFILE).open(directory) {
             Ok(file) => Draft { file, naming: Naming::Unnamed, hidden }.locked(),
             // EISDIR is what kernels say that do not know the flag.
@@ -61,7 +61,7 @@ impl Draft {
 
     fn create_hidden(hidden: PathBuf) -> Result<Draft> {
         let mut options = OpenOptions::new();
-        options.write(true).mode(0o600).create_new(true);
+        options.read(true).write(true).mode(0o600).create_new(true);
         let file = options.open(&hidden).map_err(|e| Error::io("create", &hidden, e))?;
         Draft { file, naming: Naming::Hidden, hidden }.locked()
     }

@@ -43,8 +43,10 @@ pub trait Monitor: Send {
         Ok(())
     }
 
-    /// The file is complete; what is left is to make it durable.
-    fn syncing(&mut self) {}
+    /// Every byte is in the file, which may be read; what is left is to make it durable and give it its name.
+    fn complete(&mut self, _file: &File) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A part of the content.
@@ -85,7 +87,7 @@ pub fn to_file(
         Format::Raw => raw::write(device, &draft.file, path, monitor)?,
         Format::Qcow2(options) => qcow2::write(device, &draft.file, path, options, monitor)?,
     }
-    monitor.syncing();
+    monitor.complete(&draft.file)?;
     draft.file.sync_all().map_err(|e| Error::io("sync", path, e))?;
     draft.publish(path, existing).map_err(|e| match e {
         Errno::EEXIST => taken(),
