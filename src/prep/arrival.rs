@@ -366,7 +366,7 @@ impl<'a> Arrival<'a> {
     /// Everything that has arrived belongs to something else: begin at byte 0. On return it takes no space any more.
     pub fn restart(&mut self) -> Result<()> {
         self.buffer.clear();
-        (self.sent, self.marked, self.probed) = (0, 0, false);
+        (self.sent, self.marked, self.probed) = (0, 0, self.spec.format.is_some());
         (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
         self.proof = Proof::NotNeeded;
         self.spec.meter.begin(Phase::Connecting, 0, None);

@@ -75,6 +75,39 @@ fn a_volume_comes_in_from_its_view_without_reading_zeros() {
     assert!(failure(node.bring("b", "volume:other")).message.contains("other"));
 }
 
+/// All turns of the jobs: as long as they are held, none begins.
+fn all_turns(node: &Node) -> tokio::sync::OwnedSemaphorePermit {
+    node.runtime.block_on(node.images.0.turns.clone().acquire_many_owned(4)).unwrap()
+}
+
+#[test]
+fn a_volume_that_begins_again_is_raw_whatever_its_guest_wrote_into_it() {
+    let node = Node::new();
+    let mut content = noise(3 << 20, 50);
+    content[..8].copy_from_slice(b"\x1f\x8b\x08\0\0\0\0\0");
+    node.host.volumes.lock().unwrap().insert("web".to_owned(), Arc::new(MemoryDevice(content.clone())));
+    let turns = all_turns(&node);
+    node.create("a", "volume:web", None).unwrap();
+    // As a node leaves it that went down in the middle.
+    let dir = node.image_dir("a");
+    std::fs::write(dir.join(PARTIAL_DATA), &content[..1 << 20]).unwrap();
+    let mut hasher = Hasher::new(None);
+    hasher.update(&content[..1 << 20]);
+    let kept = Kept {
+        position: 1 << 20,
+        total: Some(3 << 20),
+        complete: false,
+        validator: Validator::None,
+        proof: Proof::NotNeeded,
+        midstate: hasher.midstate(),
+    };
+    let names = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+    kept.store(&Directory::open(&dir).unwrap(), names).unwrap();
+    drop(turns);
+    assert_eq!(node.wait("a").unwrap().format, Some(Format::Raw));
+    assert!(node.content("a") == content);
+}
+
 #[test]
 fn a_clone_is_the_same_image_under_another_name() {
     let dir = tempfile::tempdir().unwrap();
@@ -296,7 +329,7 @@ fn the_proof_is_still_asked_for_when_the_node_restarts_before_it_came() {
     let (node, origin) = failed_at_the_last_step(&old, Validator::Etag("\"v1\"".to_owned()), &new, "\"v2\"");
     let url = origin.url("/a");
     // No turn is free, so that the node goes down before anybody has asked.
-    let turns = node.runtime.block_on(node.images.0.turns.clone().acquire_many_owned(4)).unwrap();
+    let turns = all_turns(&node);
     node.create("a", &url, None).unwrap();
     let node = node.restart();
     drop(turns);
