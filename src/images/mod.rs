@@ -274,9 +274,6 @@ impl Images {
                 let (name, image) = table.image(name)?;
                 image.ready(name).map(|_| ())
             }
-            Origin::Upload(_) if self.0.lock().uploads().count() >= UPLOADS_MAX => {
-                Err(Error::Busy("UPLOADS_MAX"))
-            }
             Origin::Upload(_) | Origin::Http(_) | Origin::Volume { .. } => Ok(()),
         }
     }
@@ -298,6 +295,9 @@ impl Images {
             Some(Entry::Image(image)) => match &image.record.state {
                 RecordState::Failed { published: None, .. }
                     if image.job.is_none()
+        if matches!(origin, Origin::Upload(_)) && table.uploads().count() >= UPLOADS_MAX {
+            return Err(Error::Busy("UPLOADS_MAX"));
+        }
                         && !image.deleting
                         && image.record.name.as_str() == name
                         && image.record.source == origin.for_record() =>

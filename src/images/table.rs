@@ -141,7 +141,9 @@ impl Table {
 
     /// Images that are being sent, or wait for that.
     pub fn uploads(&self) -> impl Iterator<Item = &Job> {
-        self.images().filter(|image| image.record.source == UPLOAD).filter_map(|image| image.job.as_ref())
+        let uploads = self.images().filter(|image| image.record.source == UPLOAD);
+        // What was uploaded once may be verified now.
+        uploads.filter_map(|image| image.job.as_ref()).filter(|job| job.kind == JobKind::Arrival)
     }
 
     /// Put in what was found on a disk. A name that another disk brought already gets its uuid behind it.

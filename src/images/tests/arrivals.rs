@@ -109,6 +109,45 @@ fn a_volume_that_begins_again_is_raw_whatever_its_guest_wrote_into_it() {
 }
 
 #[test]
+fn the_verification_of_what_was_uploaded_once_is_no_upload() {
+    let node = Node::new();
+    node.create("a", "upload", None).unwrap();
+    let parts = node.images.upload("a").unwrap();
+    node.runtime.block_on(async {
+        parts.send(Some(noise(1 << 20, 51).into())).await.unwrap();
+        parts.send(None).await.unwrap();
+    });
+    node.wait("a").unwrap();
+    let turns = all_turns(&node);
+    node.images.verify("a").unwrap();
+    node.images.end_uploads();
+    drop(turns);
+    assert_eq!(node.wait("a").unwrap().copies[0].verification, Some(Verification::Passed));
+}
+
+#[test]
+fn uploads_that_are_asked_for_at_once_keep_to_their_limit() {
+    let node = Node::new();
+    let barrier = Barrier::new(2 * UPLOADS_MAX);
+    let ask = |n| {
+        barrier.wait();
+        match node.create(&format!("a{n}"), "upload", None) {
+            Ok(_) => 1,
+            Err(Error::Busy("UPLOADS_MAX")) => 0,
+            Err(e) => panic!("{e}"),
+        }
+    };
+    let ask = &ask;
+    let begun: usize = std::thread::scope(|scope| {
+        let racers: Vec<_> = (0..2 * UPLOADS_MAX).map(|n| scope.spawn(move || ask(n))).collect();
+        racers.into_iter().map(|racer| racer.join().unwrap()).sum()
+    });
+    // Before anything is asserted: nobody sends them.
+    assert!(node.runtime.block_on(node.images.shutdown(PATIENCE)));
+    assert_eq!(begun, UPLOADS_MAX);
+}
+
+#[test]
 fn a_clone_is_the_same_image_under_another_name() {
     let dir = tempfile::tempdir().unwrap();
     let (path, content) = sparse_file(dir.path());
