@@ -112,7 +112,13 @@ impl Images {
             let (parts, queue) = UploadSource::new(service.runtime.clone());
             (image.upload, *source) = (Some(parts), Some(queue));
         }
-        service.lock().entries.insert(name.clone(), Entry::Image(Box::new(image)));
+        let mut table = service.lock();
+        if let Some(Entry::Image(failed)) = table.entries.remove(&name) {
+            // Whoever holds the name goes on holding it.
+            image.holds = failed.holds;
+        }
+        table.entries.insert(name.clone(), Entry::Image(Box::new(image)));
+        drop(table);
         service.start(uuid, Work::Arrival(origin));
         self.get(&name)
     }
@@ -289,15 +295,15 @@ impl Images {
             return Err(Error::ShuttingDown);
         }
         self.check_room_for_job(table.jobs_count())?;
+        if matches!(origin, Origin::Upload(_)) && table.uploads().count() >= UPLOADS_MAX {
+            return Err(Error::Busy("UPLOADS_MAX"));
+        }
         match table.entries.get(name) {
             None if table.entries.len() >= IMAGES_MAX => Err(Error::Busy("IMAGES_MAX")),
             None => Ok(None),
             Some(Entry::Image(image)) => match &image.record.state {
                 RecordState::Failed { published: None, .. }
                     if image.job.is_none()
-        if matches!(origin, Origin::Upload(_)) && table.uploads().count() >= UPLOADS_MAX {
-            return Err(Error::Busy("UPLOADS_MAX"));
-        }
                         && !image.deleting
                         && image.record.name.as_str() == name
                         && image.record.source == origin.for_record() =>

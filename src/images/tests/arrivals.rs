@@ -376,6 +376,22 @@ fn the_proof_is_still_asked_for_when_the_node_restarts_before_it_came() {
 }
 
 #[test]
+fn who_holds_a_failed_image_holds_it_when_it_is_created_again() {
+    let body = noise(1 << 20, 52);
+    let origin = Origin::start(move |asked| match asked.index {
+        0 => Answer::status("404 Not Found"),
+        _ => Answer::file(asked, &body, "\"v1\""),
+    });
+    let node = Node::new();
+    failure(node.bring("a", &origin.url("/a")));
+    let hold = node.images.hold("a", "volume web1, which is being made").unwrap();
+    node.bring("a", &origin.url("/a")).unwrap();
+    assert!(matches!(node.delete("a"), Err(Error::InUse { .. })));
+    drop(hold);
+    node.delete("a").unwrap();
+}
+
+#[test]
 fn an_image_in_use_stays_and_the_refusal_names_its_users() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = sparse_file(dir.path());
