@@ -298,6 +298,10 @@ impl Images {
         if matches!(origin, Origin::Upload(_)) && table.uploads().count() >= UPLOADS_MAX {
             return Err(Error::Busy("UPLOADS_MAX"));
         }
+        if table.find(name).is_ok_and(|(served, _)| served != name) {
+            // It is the uuid of another: nobody could tell which of the two is meant.
+            return Err(Error::Exists(name.to_owned()));
+        }
         match table.entries.get(name) {
             None if table.entries.len() >= IMAGES_MAX => Err(Error::Busy("IMAGES_MAX")),
             None => Ok(None),

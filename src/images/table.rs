@@ -86,17 +86,16 @@ pub(super) enum JobKind {
 }
 
 impl Table {
-    /// The served name and the entry for a name or a uuid.
+    /// The served name and the entry for a uuid or a name. The uuid goes first: who has one must get that image (a
+    /// volume, an open file), whatever another is called.
     pub fn find(&self, name: &str) -> Result<(&str, &Entry)> {
-        if let Some((name, entry)) = self.entries.get_key_value(name) {
-            return Ok((name, entry));
-        }
         let by_uuid = Uuid::try_parse(name).ok().and_then(|uuid| {
             self.entries
                 .iter()
                 .find(|(_, entry)| matches!(entry, Entry::Image(image) if image.record.uuid == uuid))
         });
-        by_uuid.map(|(name, entry)| (name.as_str(), entry)).ok_or_else(|| Error::NotFound(name.to_owned()))
+        let found = by_uuid.or_else(|| self.entries.get_key_value(name));
+        found.map(|(name, entry)| (name.as_str(), entry)).ok_or_else(|| Error::NotFound(name.to_owned()))
     }
 
     /// An image that has a readable record.

@@ -392,6 +392,31 @@ fn who_holds_a_failed_image_holds_it_when_it_is_created_again() {
 }
 
 #[test]
+fn an_image_that_is_called_like_the_uuid_of_another_is_never_taken_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    std::fs::write(&one, noise(1 << 20, 53)).unwrap();
+    std::fs::write(&two, noise(1 << 20, 54)).unwrap();
+    let node = Node::new();
+    let image = node.bring("a", one.to_str().unwrap()).unwrap();
+    let uuid = image.uuid.unwrap();
+    let refused = node.create(&uuid.to_string(), two.to_str().unwrap(), None);
+    assert!(matches!(refused, Err(Error::Exists(_))), "{refused:?}");
+
+    // Another disk may bring such a name nevertheless.
+    node.bring("b", two.to_str().unwrap()).unwrap();
+    let was = node.image_dir("b");
+    let mut record = ImageRecord::parse(&std::fs::read(was.join("image.json")).unwrap(), &was).unwrap();
+    record.name = ImageName::parse(&uuid.to_string()).unwrap();
+    std::fs::write(was.join("image.json"), record.to_json()).unwrap();
+    std::fs::rename(&was, was.with_file_name(record.directory_name())).unwrap();
+    let node = node.restart();
+    assert_eq!(node.images.list().len(), 2);
+    assert_eq!(Some(node.images.open_base(uuid).unwrap().1), image.sha512);
+    assert_eq!(node.images.get(&record.uuid.to_string()).unwrap().name, uuid.to_string());
+}
+
+#[test]
 fn an_image_in_use_stays_and_the_refusal_names_its_users() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = sparse_file(dir.path());
