@@ -42,7 +42,7 @@ const ZEROS_LEN_MAX: u64 = 64 << 20;
 pub struct Spec {
     pub dir: Arc<Directory>,
     pub names: PartialNames,
-    /// Where it comes from, for messages about its bytes.
+    /// Where it comes from, for messages about its bytes: nothing secret.
     pub source: String,
     /// What it is, where that is known and not told by its bytes.
     pub format: Option<Format>,
