@@ -79,6 +79,12 @@ impl Images {
         let expected =
             request.checksum.as_deref().map(Expected::parse).transpose().map_err(Error::Invalid)?;
         let mut origin = Origin::parse(&request.from).map_err(Error::Invalid)?;
+        if let (Origin::Volume { name, .. }, Some(snapshot)) = (&origin, &request.internal_snapshot) {
+            let what = "only qcow2 files have internal snapshots";
+            return Err(Error::Invalid(format!(
+                "{what}; for one of a volume, write volume:{name}@{snapshot}"
+            )));
+        }
         self.check_origin(&origin)?;
         let service = &self.0;
         let _naming = service.naming.lock().unwrap_or_else(PoisonError::into_inner);

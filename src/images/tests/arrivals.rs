@@ -75,6 +75,25 @@ fn a_volume_comes_in_from_its_view_without_reading_zeros() {
     assert!(failure(node.bring("b", "volume:other")).message.contains("other"));
 }
 
+#[test]
+fn a_volume_has_no_internal_snapshots_and_that_is_said_before_it_is_copied() {
+    let node = Node::new();
+    let request = CreateImage {
+        name: "a".to_owned(),
+        from: "volume:web".to_owned(),
+        checksum: None,
+        disk: None,
+        deadline: None,
+        internal_snapshot: Some("monday".to_owned()),
+    };
+    let refused = node.images.create(&request);
+    assert!(
+        matches!(&refused, Err(Error::Invalid(text)) if text.contains("volume:web@monday")),
+        "{refused:?}"
+    );
+    assert!(node.images.list().is_empty());
+}
+
 /// All turns of the jobs: as long as they are held, none begins.
 fn all_turns(node: &Node) -> tokio::sync::OwnedSemaphorePermit {
     node.runtime.block_on(node.images.0.turns.clone().acquire_many_owned(4)).unwrap()
