@@ -1,7 +1,7 @@
-//! Writing an arrival sparsely: blocks of zeros become holes.
+//! Writing a file sparsely: blocks of zeros become holes.
 //!
-//! The file past what has been written is a hole (it was cut there when the arrival began), so leaving zeros out is all
-//! it takes. Decisions are made on 4 KiB blocks of the *file*, whatever pieces the bytes came in, so that the same
+//! What has not been written yet must be a hole (whoever writes has cut the file there), so that leaving zeros out is
+//! all it takes. Decisions are made on 4 KiB blocks of the *file*, whatever pieces the bytes came in, so that the same
 //! content always takes the same space.
 
 use std::{fs::File, io, os::unix::fs::FileExt};

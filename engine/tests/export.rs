@@ -5,7 +5,7 @@
 use std::{
     fs,
     fs::File,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
     path::Path,
     process::Command,
 };
@@ -258,6 +258,47 @@ fn a_monitor_ends_an_export_with_its_own_error() {
     let ended = to_file(&Bytes(vec![7; 16 << 20]), &path, Existing::Refuse, Format::Raw, &mut Impatient);
     assert!(matches!(ended, Err(Error::Invalid(text)) if text == "enough"));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_monitor_reads_the_whole_file_before_it_has_its_name_and_may_refuse_it() {
+    struct Reader(Option<Vec<u8>>);
+    impl Monitor for Reader {
+        fn reached(&mut self, _at: u64) -> Result<()> {
+            Ok(())
+        }
+        fn complete(&mut self, file: &File) -> Result<()> {
+            let mut start = vec![0; 4];
+            file.read_exact_at(&mut start, 0).unwrap();
+            self.0 = Some(start);
+            Err(Error::Invalid("not this one".into()))
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (path, format) = (dir.path().join("x"), Format::Qcow2(Options::default()));
+    let mut reader = Reader(None);
+    let refused = to_file(&Bytes(vec![7; 1 << 20]), &path, Existing::Refuse, format, &mut reader);
+    assert!(matches!(refused, Err(Error::Invalid(text)) if text == "not this one"));
+    assert_eq!(reader.0.as_deref(), Some(&b"QFI\xfb"[..]));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn only_regular_files_are_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pipe, link) = (dir.path().join("pipe"), dir.path().join("link"));
+    run("mkfifo", &[pipe.to_str().unwrap()]);
+    std::os::unix::fs::symlink(&pipe, &link).unwrap();
+    let device = Bytes(vec![7; 4096]);
+    for path in [&pipe, &link, dir.path()] {
+        let refused = to_file(&device, path, Existing::Replace, Format::Raw, &mut Witness::default());
+        assert!(matches!(refused, Err(Error::Invalid(text)) if text.contains("not a regular file")));
+    }
+    assert!(fs::metadata(&link).unwrap().file_type().is_fifo());
+    fs::remove_file(&pipe).unwrap();
+    // A link that leads nowhere is replaced.
+    to_file(&device, &link, Existing::Replace, Format::Raw, &mut Witness::default()).unwrap();
+    assert!(fs::symlink_metadata(&link).unwrap().is_file());
 }
 
 #[test]

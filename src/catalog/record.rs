@@ -237,6 +237,9 @@ impl RecordFile {
                 let (Some(mtime_ns), Some(inode)) = (self.mtime_ns, self.inode) else {
                     return Err("mtime_ns and inode are missing".to_owned());
                 };
+                if format == Format::Raw && self.internal_snapshot.is_some() {
+                    return Err("a raw file has no internal snapshots".to_owned());
+                }
                 let stamp = Stamp { size_bytes, mtime_ns, inode };
                 Some(Published { format, virtual_size_bytes: virtual_size, sha512, stamp })
             }
@@ -358,6 +361,11 @@ mod tests {
             let error = ImageRecord::parse(bad.as_bytes(), Path::new("r")).unwrap_err();
             assert!(matches!(error, Error::Corrupt { .. }), "{from}: {error}");
         }
+        let raw = json.replacen("qcow2", "raw", 1).replacen("1048576", "1024", 1);
+        let error = ImageRecord::parse(raw.as_bytes(), Path::new("r")).unwrap_err();
+        assert!(error.to_string().contains("internal snapshots"), "{error}");
+        let whole = raw.replacen("\"internal_snapshot\": \"1\",", "", 1);
+        assert!(ImageRecord::parse(whole.as_bytes(), Path::new("r")).is_ok());
         for cut in 0..json.len() - 2 {
             assert!(ImageRecord::parse(&json.as_bytes()[..cut], Path::new("r")).is_err());
         }

@@ -213,6 +213,10 @@ impl ImageDir {
 
     /// Take back a publication whose record was never written: the arrival goes on where it was.
     pub fn unpublish_file(&self) -> Result<()> {
+        // Whoever is not root could not write it otherwise.
+        let file = self.open_image(Open::Read)?;
+        let mode = Mode::from_bits_truncate(0o600);
+        fchmod(&file, mode).map_err(|e| Error::io("chmod", self.image_path(), e.into()))?;
         self.dir.rename(IMAGE, PARTIAL_DATA)?;
         self.dir.sync()
     }
@@ -239,4 +243,22 @@ pub fn stamp(file: &File, path: &Path) -> Result<Stamp> {
     let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
     let mtime_ns = meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec());
     Ok(Stamp { size_bytes: meta.len(), mtime_ns, inode: meta.ino() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_back_can_be_written_by_whoever_owns_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = Arc::new(Directory::open(dir.path()).unwrap());
+        let image = ImageDir { name: "a-01234567".to_owned(), dir: held.clone() };
+        let file = held.open_file(PARTIAL_DATA, Open::CreateWrite).unwrap();
+        image.publish_file(&file).unwrap();
+        let mode = || file.metadata().unwrap().mode() & 0o777;
+        assert_eq!(mode(), 0o444);
+        image.unpublish_file().unwrap();
+        assert_eq!(mode(), 0o600);
+    }
 }

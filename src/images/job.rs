@@ -124,10 +124,11 @@ impl Service {
             Some(text) => Some(Expected::parse(text).map_err(Failure::Unsupported)?),
             None => None,
         };
+        let source = origin.for_people();
         let spec = Spec {
             dir: dir.directory().clone(),
             names: NAMES,
-            source: record.source.clone(),
+            source: source.clone(),
             // A guest may have written any header into its disk.
             format: matches!(origin, Origin::Volume { .. }).then_some(Format::Raw),
             expected,
@@ -138,7 +139,7 @@ impl Service {
             stop: job.stop.clone(),
         };
         let arrived = self.fetch(spec, origin, &mut record)?;
-        let virtual_size_bytes = virtual_size(&arrived, &record)?;
+        let virtual_size_bytes = virtual_size(&arrived, &record.view(), Path::new(&source))?;
         job.meter.enter(Phase::Publishing);
         job.stop.check()?;
         let stamp = dir.publish_file(&arrived.file)?;
@@ -262,10 +263,9 @@ impl Service {
     }
 }
 
-/// The size of the device over what has arrived; refuses what could not be served.
-fn virtual_size(arrived: &Arrived, record: &ImageRecord) -> Result<u64> {
-    let view = record.view();
-    let len = match (arrived.format, &view) {
+/// The size of the device over what has arrived, which errors call `path`; refuses what could not be served.
+fn virtual_size(arrived: &Arrived, view: &View, path: &Path) -> Result<u64> {
+    let len = match (arrived.format, view) {
         (Format::Raw, View::Active) => ByteLen(arrived.size_bytes),
         (Format::Raw, View::Snapshot(name)) => {
             let what =
@@ -273,9 +273,8 @@ fn virtual_size(arrived: &Arrived, record: &ImageRecord) -> Result<u64> {
             return Err(Failure::Unsupported(what));
         }
         (Format::Qcow2, _) => {
-            let path = Path::new(&record.source);
             let file = arrived.file.try_clone().map_err(|e| Storage::io("open", path, e))?;
-            let image = Qcow2Image::open(file, path, &view).map_err(|error| match error {
+            let image = Qcow2Image::open(file, path, view).map_err(|error| match error {
                 error @ Storage::NotFound { .. } => Failure::Unsupported(error.to_string()),
                 error => error.into(),
             })?;

@@ -79,6 +79,12 @@ impl Images {
         let expected =
             request.checksum.as_deref().map(Expected::parse).transpose().map_err(Error::Invalid)?;
         let mut origin = Origin::parse(&request.from).map_err(Error::Invalid)?;
+        if let (Origin::Volume { name, .. }, Some(snapshot)) = (&origin, &request.internal_snapshot) {
+            let what = "only qcow2 files have internal snapshots";
+            return Err(Error::Invalid(format!(
+                "{what}; for one of a volume, write volume:{name}@{snapshot}"
+            )));
+        }
         self.check_origin(&origin)?;
         let service = &self.0;
         let _naming = service.naming.lock().unwrap_or_else(PoisonError::into_inner);
@@ -112,7 +118,13 @@ impl Images {
             let (parts, queue) = UploadSource::new(service.runtime.clone());
             (image.upload, *source) = (Some(parts), Some(queue));
         }
-        service.lock().entries.insert(name.clone(), Entry::Image(Box::new(image)));
+        let mut table = service.lock();
+        if let Some(Entry::Image(failed)) = table.entries.remove(&name) {
+            // Whoever holds the name goes on holding it.
+            image.holds = failed.holds;
+        }
+        table.entries.insert(name.clone(), Entry::Image(Box::new(image)));
+        drop(table);
         service.start(uuid, Work::Arrival(origin));
         self.get(&name)
     }
@@ -274,9 +286,6 @@ impl Images {
                 let (name, image) = table.image(name)?;
                 image.ready(name).map(|_| ())
             }
-            Origin::Upload(_) if self.0.lock().uploads().count() >= UPLOADS_MAX => {
-                Err(Error::Busy("UPLOADS_MAX"))
-            }
             Origin::Upload(_) | Origin::Http(_) | Origin::Volume { .. } => Ok(()),
         }
     }
@@ -292,6 +301,13 @@ impl Images {
             return Err(Error::ShuttingDown);
         }
         self.check_room_for_job(table.jobs_count())?;
+        if matches!(origin, Origin::Upload(_)) && table.uploads().count() >= UPLOADS_MAX {
+            return Err(Error::Busy("UPLOADS_MAX"));
+        }
+        if table.find(name).is_ok_and(|(served, _)| served != name) {
+            // It is the uuid of another: nobody could tell which of the two is meant.
+            return Err(Error::Exists(name.to_owned()));
+        }
         match table.entries.get(name) {
             None if table.entries.len() >= IMAGES_MAX => Err(Error::Busy("IMAGES_MAX")),
             None => Ok(None),

@@ -67,6 +67,14 @@ impl From {
             From::Upload(_) => UPLOAD.to_owned(),
         }
     }
+
+    /// The form for messages and logs: without the query of a URL either, where signatures are.
+    pub(super) fn for_people(&self) -> String {
+        match self {
+            From::Http(origin) => origin.for_people(),
+            From::Path(_) | From::Volume { .. } | From::Image(_) | From::Upload(_) => self.for_record(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -85,6 +93,7 @@ mod tests {
         ] {
             let from = From::parse(text).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(from.for_record(), record);
+            assert_eq!(from.for_people(), record.trim_end_matches("?y=1"));
             assert!(From::parse(record).is_ok_and(|again| again.for_record() == record));
         }
         for bad in [

@@ -86,17 +86,16 @@ pub(super) enum JobKind {
 }
 
 impl Table {
-    /// The served name and the entry for a name or a uuid.
+    /// The served name and the entry for a uuid or a name. The uuid goes first: who has one must get that image (a
+    /// volume, an open file), whatever another is called.
     pub fn find(&self, name: &str) -> Result<(&str, &Entry)> {
-        if let Some((name, entry)) = self.entries.get_key_value(name) {
-            return Ok((name, entry));
-        }
         let by_uuid = Uuid::try_parse(name).ok().and_then(|uuid| {
             self.entries
                 .iter()
                 .find(|(_, entry)| matches!(entry, Entry::Image(image) if image.record.uuid == uuid))
         });
-        by_uuid.map(|(name, entry)| (name.as_str(), entry)).ok_or_else(|| Error::NotFound(name.to_owned()))
+        let found = by_uuid.or_else(|| self.entries.get_key_value(name));
+        found.map(|(name, entry)| (name.as_str(), entry)).ok_or_else(|| Error::NotFound(name.to_owned()))
     }
 
     /// An image that has a readable record.
@@ -141,7 +140,9 @@ impl Table {
 
     /// Images that are being sent, or wait for that.
     pub fn uploads(&self) -> impl Iterator<Item = &Job> {
-        self.images().filter(|image| image.record.source == UPLOAD).filter_map(|image| image.job.as_ref())
+        let uploads = self.images().filter(|image| image.record.source == UPLOAD);
+        // What was uploaded once may be verified now.
+        uploads.filter_map(|image| image.job.as_ref()).filter(|job| job.kind == JobKind::Arrival)
     }
 
     /// Put in what was found on a disk. A name that another disk brought already gets its uuid behind it.

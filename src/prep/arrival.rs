@@ -42,7 +42,7 @@ const ZEROS_LEN_MAX: u64 = 64 << 20;
 pub struct Spec {
     pub dir: Arc<Directory>,
     pub names: PartialNames,
-    /// Where it comes from, for messages about its bytes.
+    /// Where it comes from, for messages about its bytes: nothing secret.
     pub source: String,
     /// What it is, where that is known and not told by its bytes.
     pub format: Option<Format>,
@@ -366,7 +366,7 @@ impl<'a> Arrival<'a> {
     /// Everything that has arrived belongs to something else: begin at byte 0. On return it takes no space any more.
     pub fn restart(&mut self) -> Result<()> {
         self.buffer.clear();
-        (self.sent, self.marked, self.probed) = (0, 0, false);
+        (self.sent, self.marked, self.probed) = (0, 0, self.spec.format.is_some());
         (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
         self.proof = Proof::NotNeeded;
         self.spec.meter.begin(Phase::Connecting, 0, None);

@@ -31,6 +31,8 @@ use crate::directory::{Directory, Open, next_data};
 const READ_LEN: usize = 1 << 20;
 /// Alignment that satisfies O_DIRECT on every file system that has it.
 const ALIGN: usize = 4096;
+/// Zeros that travel as one piece: a hole may be longer than anybody wants to wait for.
+const ZEROS_LEN_MAX: u64 = 64 << 20;
 /// Pieces on their way to the hasher.
 const PIECES_MAX: usize = 8;
 
@@ -95,10 +97,13 @@ fn read_all(
     while at < size {
         let (data, end) =
             next_data(medium.file(), at, size).map_err(|e| Storage::io("seek", path, e.into()))?;
-        if data > at {
+        while at < data {
+            stop.check()?;
+            let zeros = (data - at).min(ZEROS_LEN_MAX);
             // The hasher ends only when this side hangs up.
-            drop(to_hash.send(Piece::Zeros(data - at)));
-            at = data;
+            drop(to_hash.send(Piece::Zeros(zeros)));
+            at += zeros;
+            meter.advance_to(at);
         }
         while at < end {
             stop.check()?;
@@ -184,5 +189,23 @@ impl AlignedBuffer {
     fn aligned(&mut self, len: usize) -> &mut [u8] {
         let skip = self.0.as_ptr().align_offset(ALIGN);
         self.0.get_mut(skip..skip + len).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_hole_of_any_length_is_left_when_the_job_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        File::create(dir.path().join("x")).unwrap().set_len(4 * ZEROS_LEN_MAX).unwrap();
+        let held = Directory::open(dir.path()).unwrap();
+        let (meter, stop) = (Meter::default(), Stop::after(Duration::from_secs(60)));
+        stop.cancel();
+        let ended = verify(&held, "x", 4 * ZEROS_LEN_MAX, None, &meter, &stop);
+        assert!(matches!(ended, Err(Failure::Cancelled)));
     }
 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2},
     libc,
     unistd::linkat,
@@ -47,7 +48,7 @@ impl Draft {
     pub fn create(directory: &Path) -> Result<Draft> {
         let hidden = directory.join(format!("{DRAFT_PREFIX}{}{DRAFT_SUFFIX}", Uuid::new_v4().simple()));
         let mut options = OpenOptions::new();
-        options.write(true).mode(0o600);
+        options.read(true).write(true).mode(0o600);
         match options.clone().custom_flags(libc::O_TMPFILE).open(directory) {
             Ok(file) => Draft { file, naming: Naming::Unnamed, hidden }.locked(),
             // EISDIR is what kernels say that do not know the flag.
@@ -60,7 +61,7 @@ impl Draft {
 
     fn create_hidden(hidden: PathBuf) -> Result<Draft> {
         let mut options = OpenOptions::new();
-        options.write(true).mode(0o600).create_new(true);
+        options.read(true).write(true).mode(0o600).create_new(true);
         let file = options.open(&hidden).map_err(|e| Error::io("create", &hidden, e))?;
         Draft { file, naming: Naming::Hidden, hidden }.locked()
     }
@@ -89,8 +90,19 @@ impl Draft {
                 link(&self.file, &self.hidden)?;
                 rename(RenameFlags::empty())
             }
-            (Naming::Hidden, Existing::Refuse) => rename(RenameFlags::RENAME_NOREPLACE),
+            (Naming::Hidden, Existing::Refuse) => {
+                self.name_hidden(path, || rename(RenameFlags::RENAME_NOREPLACE))
+            }
             (Naming::Hidden, Existing::Replace) => rename(RenameFlags::empty()),
+        }
+    }
+
+    fn name_hidden(&self, path: &Path, rename: impl FnOnce() -> nix::Result<()>) -> nix::Result<()> {
+        match rename() {
+            // NFS and 9p, which have no unnamed files either, refuse every flag. A link replaces nothing, too; the hidden
+            // name goes with the draft.
+            Err(Errno::EINVAL) => linkat(AT_FDCWD, &self.hidden, AT_FDCWD, path, AtFlags::empty()),
+            renamed => renamed,
         }
     }
 }
@@ -134,8 +146,6 @@ impl Drop for Draft {
 
 #[cfg(test)]
 mod tests {
-    use nix::errno::Errno;
-
     use super::*;
 
     fn names(directory: &Path) -> Vec<String> {
@@ -160,6 +170,18 @@ mod tests {
         left.sort();
         assert_eq!(left, [foreign, "out".to_owned()]);
         assert_eq!(draft.publish(&dir.path().join("out"), Existing::Refuse), Err(Errno::ENOENT));
+    }
+
+    #[test]
+    fn a_draft_gets_its_name_where_rename_knows_no_flags_and_replaces_nothing_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, hidden) = (dir.path().join("out"), dir.path().join("hidden"));
+        let draft = Draft::create_hidden(hidden).unwrap();
+        draft.file.set_len(7).unwrap();
+        draft.name_hidden(&out, || Err(Errno::EINVAL)).unwrap();
+        assert_eq!(draft.name_hidden(&out, || Err(Errno::EINVAL)), Err(Errno::EEXIST));
+        drop(draft);
+        assert_eq!((names(dir.path()), out.metadata().unwrap().len()), (vec!["out".to_owned()], 7));
     }
 
     #[test]

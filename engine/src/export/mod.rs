@@ -29,6 +29,7 @@ pub enum Format {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
     Refuse,
+    /// Only a regular file; a link to one is replaced itself.
     Replace,
 }
 
@@ -42,8 +43,10 @@ pub trait Monitor: Send {
         Ok(())
     }
 
-    /// The file is complete; what is left is to make it durable.
-    fn syncing(&mut self) {}
+    /// Every byte is in the file, which may be read; what is left is to make it durable and give it its name.
+    fn complete(&mut self, _file: &File) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A part of the content.
@@ -66,8 +69,13 @@ pub fn to_file(
         return Err(Error::Invalid(format!("{} is not a file name", path.display())));
     }
     let taken = || Error::Exists { kind: "file", name: path.display().to_string() };
-    if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
-        return Err(taken());
+    match existing {
+        Existing::Refuse if path.symlink_metadata().is_ok() => return Err(taken()),
+        // A device or a pipe would be taken away and a file put in its place; a directory refuses that, but late.
+        Existing::Replace if path.metadata().is_ok_and(|target| !target.is_file()) => {
+            return Err(Error::Invalid(format!("{} is not a regular file", path.display())));
+        }
+        Existing::Refuse | Existing::Replace => {}
     }
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -79,7 +87,7 @@ pub fn to_file(
         Format::Raw => raw::write(device, &draft.file, path, monitor)?,
         Format::Qcow2(options) => qcow2::write(device, &draft.file, path, options, monitor)?,
     }
-    monitor.syncing();
+    monitor.complete(&draft.file)?;
     draft.file.sync_all().map_err(|e| Error::io("sync", path, e))?;
     draft.publish(path, existing).map_err(|e| match e {
         Errno::EEXIST => taken(),

@@ -247,3 +247,95 @@ impl Walk {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        device::{Access, Complete, Extent, Geometry, Request},
+        units::ByteLen,
+    };
+
+    /// Runs of data at any byte, of which the device tells `told` at most at once.
+    struct Runs {
+        size: u64,
+        data: Vec<(u64, u64)>,
+        told: usize,
+    }
+
+    impl Runs {
+        fn random(mut seed: u64) -> Runs {
+            let mut random = |below: u64| {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (seed >> 33) % below + 1
+            };
+            let longest = [700, 70_000, 5 << 20][to_usize(random(3) - 1)];
+            let size = (random(60) * longest).next_multiple_of(512);
+            let (mut data, mut at) = (Vec::new(), random(longest) - 1);
+            while at < size {
+                let end = (at + random(longest)).min(size);
+                data.push((at, end));
+                at = end + random(longest);
+            }
+            Runs { size, data, told: to_usize(random(5)) }
+        }
+    }
+
+    impl BlockDevice for Runs {
+        fn geometry(&self) -> Geometry {
+            Geometry { size: ByteLen(self.size), access: Access::ReadOnly }
+        }
+
+        fn submit(&self, _request: Request, _complete: Complete) {
+            unreachable!("nothing is read");
+        }
+
+        fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+            let mut extents = Vec::new();
+            let mut at = range.start.0;
+            let mut push = |end: u64, kind| {
+                let end = end.min(range.end().0);
+                if end > at && extents.len() < self.told {
+                    extents.push(Extent { range: ByteRange::new(at, end - at), kind });
+                    at = end;
+                }
+            };
+            for (start, end) in &self.data {
+                push(*start, ExtentKind::Zero);
+                push(*end, ExtentKind::Data);
+            }
+            push(self.size, ExtentKind::Zero);
+            Ok(extents)
+        }
+    }
+
+    #[test]
+    fn pieces_are_whole_units_in_order_and_leave_no_byte_of_data_out() {
+        for seed in 0..2000_u64 {
+            let unit = 1 << (9 + seed % 13);
+            let device = Runs::random(seed);
+            let mut walk = Walk { size: device.size, unit, given_to: 0, asked_to: 0, runs: Vec::new() };
+            let mut pieces: Vec<ByteRange> = Vec::new();
+            while let Some(piece) = walk.next(&device).unwrap() {
+                assert!(pieces.last().is_none_or(|last| last.end() <= piece.start), "seed {seed}");
+                assert!(piece.start.0.is_multiple_of(unit) && !piece.is_empty(), "seed {seed}");
+                assert!(piece.end().0.is_multiple_of(unit) || piece.end().0 == device.size, "seed {seed}");
+                assert!(piece.len.0 <= PIECE_LEN.max(unit), "seed {seed}");
+                pieces.push(piece);
+            }
+            let covered = |at: u64, end: u64| -> u64 {
+                let run = ByteRange::new(at, end - at);
+                pieces.iter().filter_map(|piece| piece.intersect(run)).map(|part| part.len.0).sum()
+            };
+            for (at, end) in &device.data {
+                assert_eq!(covered(*at, *end), end - at, "seed {seed}: {at}-{end}");
+            }
+            // A unit without data is in no piece.
+            let with_data = |at: u64| device.data.iter().any(|(start, end)| *start < at + unit && at < *end);
+            for piece in &pieces {
+                let mut units = (piece.start.0..piece.end().0).step_by(to_usize(unit));
+                assert!(units.all(with_data), "seed {seed}: {piece}");
+            }
+        }
+    }
+}

@@ -32,7 +32,8 @@ pub trait BaseImage: Send + Sync + fmt::Debug {
     /// not are an error, never zeros.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
 
-    /// Where `range`, within [`BaseImage::len`], holds data. Zeros may be called data.
+    /// Where `range`, within [`BaseImage::len`], holds data: runs in order, without gaps; at least one where the range is
+    /// not empty, and maybe not all. Zeros may be called data.
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>>;
 }
 

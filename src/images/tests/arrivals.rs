@@ -76,6 +76,97 @@ fn a_volume_comes_in_from_its_view_without_reading_zeros() {
 }
 
 #[test]
+fn a_volume_has_no_internal_snapshots_and_that_is_said_before_it_is_copied() {
+    let node = Node::new();
+    let request = CreateImage {
+        name: "a".to_owned(),
+        from: "volume:web".to_owned(),
+        checksum: None,
+        disk: None,
+        deadline: None,
+        internal_snapshot: Some("monday".to_owned()),
+    };
+    let refused = node.images.create(&request);
+    assert!(
+        matches!(&refused, Err(Error::Invalid(text)) if text.contains("volume:web@monday")),
+        "{refused:?}"
+    );
+    assert!(node.images.list().is_empty());
+}
+
+/// All turns of the jobs: as long as they are held, none begins.
+fn all_turns(node: &Node) -> tokio::sync::OwnedSemaphorePermit {
+    node.runtime.block_on(node.images.0.turns.clone().acquire_many_owned(4)).unwrap()
+}
+
+#[test]
+fn a_volume_that_begins_again_is_raw_whatever_its_guest_wrote_into_it() {
+    let node = Node::new();
+    let mut content = noise(3 << 20, 50);
+    content[..8].copy_from_slice(b"\x1f\x8b\x08\0\0\0\0\0");
+    node.host.volumes.lock().unwrap().insert("web".to_owned(), Arc::new(MemoryDevice(content.clone())));
+    let turns = all_turns(&node);
+    node.create("a", "volume:web", None).unwrap();
+    // As a node leaves it that went down in the middle.
+    let dir = node.image_dir("a");
+    std::fs::write(dir.join(PARTIAL_DATA), &content[..1 << 20]).unwrap();
+    let mut hasher = Hasher::new(None);
+    hasher.update(&content[..1 << 20]);
+    let kept = Kept {
+        position: 1 << 20,
+        total: Some(3 << 20),
+        complete: false,
+        validator: Validator::None,
+        proof: Proof::NotNeeded,
+        midstate: hasher.midstate(),
+    };
+    let names = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+    kept.store(&Directory::open(&dir).unwrap(), names).unwrap();
+    drop(turns);
+    assert_eq!(node.wait("a").unwrap().format, Some(Format::Raw));
+    assert!(node.content("a") == content);
+}
+
+#[test]
+fn the_verification_of_what_was_uploaded_once_is_no_upload() {
+    let node = Node::new();
+    node.create("a", "upload", None).unwrap();
+    let parts = node.images.upload("a").unwrap();
+    node.runtime.block_on(async {
+        parts.send(Some(noise(1 << 20, 51).into())).await.unwrap();
+        parts.send(None).await.unwrap();
+    });
+    node.wait("a").unwrap();
+    let turns = all_turns(&node);
+    node.images.verify("a").unwrap();
+    node.images.end_uploads();
+    drop(turns);
+    assert_eq!(node.wait("a").unwrap().copies[0].verification, Some(Verification::Passed));
+}
+
+#[test]
+fn uploads_that_are_asked_for_at_once_keep_to_their_limit() {
+    let node = Node::new();
+    let barrier = Barrier::new(2 * UPLOADS_MAX);
+    let ask = |n| {
+        barrier.wait();
+        match node.create(&format!("a{n}"), "upload", None) {
+            Ok(_) => 1,
+            Err(Error::Busy("UPLOADS_MAX")) => 0,
+            Err(e) => panic!("{e}"),
+        }
+    };
+    let ask = &ask;
+    let begun: usize = std::thread::scope(|scope| {
+        let racers: Vec<_> = (0..2 * UPLOADS_MAX).map(|n| scope.spawn(move || ask(n))).collect();
+        racers.into_iter().map(|racer| racer.join().unwrap()).sum()
+    });
+    // Before anything is asserted: nobody sends them.
+    assert!(node.runtime.block_on(node.images.shutdown(PATIENCE)));
+    assert_eq!(begun, UPLOADS_MAX);
+}
+
+#[test]
 fn a_clone_is_the_same_image_under_another_name() {
     let dir = tempfile::tempdir().unwrap();
     let (path, content) = sparse_file(dir.path());
@@ -296,11 +387,52 @@ fn the_proof_is_still_asked_for_when_the_node_restarts_before_it_came() {
     let (node, origin) = failed_at_the_last_step(&old, Validator::Etag("\"v1\"".to_owned()), &new, "\"v2\"");
     let url = origin.url("/a");
     // No turn is free, so that the node goes down before anybody has asked.
-    let turns = node.runtime.block_on(node.images.0.turns.clone().acquire_many_owned(4)).unwrap();
+    let turns = all_turns(&node);
     node.create("a", &url, None).unwrap();
     let node = node.restart();
     drop(turns);
     assert_eq!(node.wait("a").unwrap().sha512, Some(sha512(&new)));
+}
+
+#[test]
+fn who_holds_a_failed_image_holds_it_when_it_is_created_again() {
+    let body = noise(1 << 20, 52);
+    let origin = Origin::start(move |asked| match asked.index {
+        0 => Answer::status("404 Not Found"),
+        _ => Answer::file(asked, &body, "\"v1\""),
+    });
+    let node = Node::new();
+    failure(node.bring("a", &origin.url("/a")));
+    let hold = node.images.hold("a", "volume web1, which is being made").unwrap();
+    node.bring("a", &origin.url("/a")).unwrap();
+    assert!(matches!(node.delete("a"), Err(Error::InUse { .. })));
+    drop(hold);
+    node.delete("a").unwrap();
+}
+
+#[test]
+fn an_image_that_is_called_like_the_uuid_of_another_is_never_taken_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    std::fs::write(&one, noise(1 << 20, 53)).unwrap();
+    std::fs::write(&two, noise(1 << 20, 54)).unwrap();
+    let node = Node::new();
+    let image = node.bring("a", one.to_str().unwrap()).unwrap();
+    let uuid = image.uuid.unwrap();
+    let refused = node.create(&uuid.to_string(), two.to_str().unwrap(), None);
+    assert!(matches!(refused, Err(Error::Exists(_))), "{refused:?}");
+
+    // Another disk may bring such a name nevertheless.
+    node.bring("b", two.to_str().unwrap()).unwrap();
+    let was = node.image_dir("b");
+    let mut record = ImageRecord::parse(&std::fs::read(was.join("image.json")).unwrap(), &was).unwrap();
+    record.name = ImageName::parse(&uuid.to_string()).unwrap();
+    std::fs::write(was.join("image.json"), record.to_json()).unwrap();
+    std::fs::rename(&was, was.with_file_name(record.directory_name())).unwrap();
+    let node = node.restart();
+    assert_eq!(node.images.list().len(), 2);
+    assert_eq!(Some(node.images.open_base(uuid).unwrap().1), image.sha512);
+    assert_eq!(node.images.get(&record.uuid.to_string()).unwrap().name, uuid.to_string());
 }
 
 #[test]

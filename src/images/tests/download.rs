@@ -1,8 +1,16 @@
 //! Downloads from origins that break, change, lie or refuse.
 
+use bedplate_engine::export;
+
 use super::{
     origin::{Answer, Origin, Pace},
     *,
+};
+use crate::prep::{
+    export::{Wanted, export_file},
+    progress::Meter,
+    stop::Stop,
+    testing::MemoryDevice,
 };
 
 const LEN: usize = 5_000_123;
@@ -265,6 +273,28 @@ fn an_origin_that_answers_and_then_sends_no_byte_is_given_up_as_soon_as_any_othe
     let origin = Origin::start(|_| Answer::whole(&[1; 1000], "").cut(0).paced(Pace::Stall));
     let failed = failure(node.bring("a", &origin.url("/a")));
     assert!(failed.message.contains("no byte ever came"), "{}", failed.message);
+}
+
+#[test]
+fn what_is_refused_for_its_bytes_does_not_show_the_signature_of_its_url() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    let format = export::Format::Qcow2(export::qcow2::Options::default());
+    let device = MemoryDevice(vec![7; 1 << 16]);
+    let (meter, stop, refuse) = (Meter::default(), Stop::after(PATIENCE), export::Existing::Refuse);
+    export_file(&device, &path, refuse, format, Wanted::default(), &meter, &stop).unwrap();
+    let good = std::fs::read(path).unwrap();
+    let (mut header, mut table) = (good.clone(), good);
+    // The version; and, behind the header and the data, the first entry of the mapping table.
+    header[7] = 7;
+    table[2 << 16..(2 << 16) + 8].copy_from_slice(&(1_u64 << 63 | 1 << 40).to_be_bytes());
+    let node = Node::new();
+    for (name, bytes, part) in [("a", header, "version 7"), ("b", table, "L2")] {
+        let origin = Origin::file(&bytes);
+        let failed = failure(node.bring(name, &origin.url("/a.qcow2?sig=secret")));
+        assert!(failed.message.contains(part) && failed.message.contains("/a.qcow2"), "{}", failed.message);
+        assert!(!failed.message.contains("secret"), "{}", failed.message);
+    }
 }
 
 #[test]
