@@ -13,7 +13,7 @@ use bedplate_engine::{
         device::sectors,
         qcow2::{Qcow2Image, View},
     },
-    units::ByteLen,
+    units::{ByteLen, ByteRange},
 };
 use uuid::Uuid;
 
@@ -44,6 +44,9 @@ use crate::{
 
 /// The names of what is kept of an arrival.
 pub(super) const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+
+/// Bytes of an image whose tables are checked before the job looks whether it is to end.
+const VERIFY_SPAN: u64 = 64 << 30;
 
 /// What a job does.
 pub(super) enum Work {
@@ -139,7 +142,7 @@ impl Service {
             stop: job.stop.clone(),
         };
         let arrived = self.fetch(spec, origin, &mut record)?;
-        let virtual_size_bytes = virtual_size(&arrived, &record.view(), Path::new(&source))?;
+        let virtual_size_bytes = virtual_size(&arrived, &record.view(), Path::new(&source), &job.stop)?;
         job.meter.enter(Phase::Publishing);
         job.stop.check()?;
         let stamp = dir.publish_file(&arrived.file)?;
@@ -264,7 +267,7 @@ impl Service {
 }
 
 /// The size of the device over what has arrived, which errors call `path`; refuses what could not be served.
-fn virtual_size(arrived: &Arrived, view: &View, path: &Path) -> Result<u64> {
+fn virtual_size(arrived: &Arrived, view: &View, path: &Path, stop: &Stop) -> Result<u64> {
     let len = match (arrived.format, view) {
         (Format::Raw, View::Active) => ByteLen(arrived.size_bytes),
         (Format::Raw, View::Snapshot(name)) => {
@@ -278,7 +281,13 @@ fn virtual_size(arrived: &Arrived, view: &View, path: &Path) -> Result<u64> {
                 error @ Storage::NotFound { .. } => Failure::Unsupported(error.to_string()),
                 error => error.into(),
             })?;
-            image.verify_tables()?;
+            let mut at = 0;
+            while at < image.len().0 {
+                stop.check()?;
+                let len = VERIFY_SPAN.min(image.len().0 - at);
+                image.layer().verify_range(ByteRange::new(at, len))?;
+                at += len;
+            }
             image.len()
         }
     };

@@ -33,7 +33,8 @@ impl Images {
     /// its end when the caller stops waiting.
     pub async fn delete(&self, name: &str) -> Result<()> {
         self.wait_released(name).await?;
-        let (name, uuid) = self.begin_delete(name)?;
+        let (images, wanted) = (self.clone(), name.to_owned());
+        let (name, uuid) = blocking(move || images.begin_delete(&wanted)).await?;
         let images = self.clone();
         let deletion = self.0.runtime.spawn(async move {
             let result = images.delete_now(&name, uuid).await;
@@ -119,6 +120,8 @@ impl Images {
 
     /// Mark an image as being deleted, so that nothing new begins to use it.
     fn begin_delete(&self, name: &str) -> Result<(String, Uuid)> {
+        // An image that is just being created has its job before it can be deleted.
+        let _naming = self.0.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let mut table = self.0.lock();
         let (name, image) = table.image_mut(name)?;
         if image.deleting {
@@ -178,7 +181,7 @@ impl Drop for ImageHold {
 }
 
 /// A few disk operations, off the threads that serve the network.
-async fn blocking(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         // The runtime goes down.

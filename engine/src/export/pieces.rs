@@ -64,7 +64,11 @@ pub(super) fn for_each_piece<F: Format>(
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS_MAX);
     thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(|| order.run(device, format));
+            // With fewer threads it takes longer, and that is all.
+            let spawned = thread::Builder::new().spawn_scoped(scope, || order.run(device, format));
+            if spawned.is_err() {
+                break;
+            }
         }
         order.run(device, format);
     });

@@ -187,8 +187,13 @@ impl Qcow2Layer {
     /// Check every entry of every table, and name the first that is damaged and what it loses. The number of L2
     /// tables is bounded by the file's length, so this is too.
     pub fn verify_tables(&self) -> Result<()> {
+        self.verify_range(ByteRange { start: ByteOffset(0), len: self.size() })
+    }
+
+    /// The same for the entries that map `range`.
+    pub fn verify_range(&self, range: ByteRange) -> Result<()> {
         let mut damaged = None;
-        self.each(ByteRange { start: ByteOffset(0), len: self.size() }, |segment| match segment.place {
+        self.each(range, |segment| match segment.place {
             Place::Damaged => {
                 damaged = Some(segment.range);
                 ControlFlow::Break(())
