@@ -26,12 +26,33 @@ fn root_file_system(node: &Node) {
 fn twenty_volumes_over_a_fetched_root_file_system_hold_what_each_was_written_and_the_image_stays() {
     let node = Node::start();
     root_file_system(&node);
-    let sum = node.sha512(&node.scratch("root.raw"));
-    let origin = Origin::start(fs::read(node.scratch("root.raw")).unwrap());
-    node.run(&format!("image create root --from {} --checksum {sum} --wait", origin.url()));
+    farm(&node, &["root.raw"]);
+}
+
+#[test]
+fn twenty_volumes_over_compressed_and_subclustered_root_file_systems_hold_what_each_was_written() {
+    let node = Node::start();
+    root_file_system(&node);
+    let options = ["-c", "-c -o compression_type=zstd", "-o extended_l2=on,cluster_size=128k"];
+    for (n, options) in options.iter().enumerate() {
+        let make = format!("qemu-img convert -m 2 -W -f raw -O qcow2 {options} root.raw root{n}.qcow2");
+        node.sh_within(&make, PATIENCE);
+    }
+    farm(&node, &["root0.qcow2", "root1.qcow2", "root2.qcow2"]);
+}
+
+/// Twenty volumes, over each of these files in turn.
+fn farm(node: &Node, files: &[&str]) {
+    let mut images = Vec::new();
+    for (n, file) in files.iter().enumerate() {
+        let sum = node.sha512(&node.scratch(file));
+        let origin = Origin::start(fs::read(node.scratch(file)).unwrap());
+        node.run(&format!("image create root{n} --from {} --checksum {sum} --wait", origin.url()));
+        images.push((format!("root{n}"), sum, origin));
+    }
     let names: Vec<String> = (0..VOLUMES).map(|n| format!("v{n}")).collect();
-    for (n, name) in (0..).zip(&names) {
-        node.run(&format!("volume create {name} --image root --size {}M", 1024 + n));
+    for ((n, name), (image, ..)) in (0..).zip(&names).zip(images.iter().cycle()) {
+        node.run(&format!("volume create {name} --image {image} --size {}M", 1024 + n));
         let device = node.json(&format!("volume attach {name}"))["device"].as_str().unwrap().to_owned();
         node.sh(&format!("mkdir m{n}; mount {device} m{n}"));
     }
@@ -67,8 +88,21 @@ fn twenty_volumes_over_a_fetched_root_file_system_hold_what_each_was_written_and
         ));
         node.run(&format!("volume detach {name}"));
     }
-    assert_eq!(node.sha512(&node.image("root")), sum);
-    node.run("image verify root");
-    assert_eq!(node.json("image get root")["sha512"], sum.as_str());
-    assert_eq!(origin.sent(), node.scratch("root.raw").metadata().unwrap().len());
+    let guest = node.sha512(&node.scratch("root.raw"));
+    for ((image, sum, origin), file) in images.iter().zip(files) {
+        assert_eq!(node.sha512(&node.image(image)), guest);
+        node.run(&format!("image verify {image}"));
+        assert_eq!(node.json(&format!("image get {image}"))["sha512"], sum.as_str());
+        assert_eq!(origin.sent(), node.scratch(file).metadata().unwrap().len());
+    }
+    // Past what the file system uses, where the image has nothing, and over it.
+    let seconds = if long() { 60 } else { 3 };
+    node.sh_within(
+        &format!(
+            "fio --name=verify --filename=$V/v0:$V/v1:$V/v2 --size=64M --direct=1 --ioengine=libaio --iodepth=8 \
+             --rw=randrw --bsrange=512-256k --blockalign=512 --verify=crc32c --verify_fatal=1 --time_based \
+             --runtime={seconds} --norandommap=0 --serialize_overlap=1 > fio 2>&1 || {{ cat fio >&2; exit 1; }}"
+        ),
+        PATIENCE,
+    );
 }
