@@ -7,6 +7,7 @@ use std::{ops::ControlFlow, path::PathBuf};
 
 use bedplate_engine::{
     device::BlockDevice,
+    error::Error,
     image::{Format, qcow2::View},
     units::{ByteRange, to_usize},
 };
@@ -23,6 +24,7 @@ use crate::{
     source::{self, Chain, FormatName},
     stack::Kind,
     tables::QcowFile,
+    volume_report,
 };
 
 /// What `qemu-img` answers for formats without checks.
@@ -123,8 +125,11 @@ struct DirectoryReport {
 }
 
 fn check_directory(args: &CheckArgs) -> Result<u8> {
-    let (format, (corruptions, leftovers)) = match directory::open(&args.file)? {
-        Directory::Replica(replica) => ("longhorn-replica", longhorn::check(&replica)),
+    let (format, (corruptions, leftovers)) = match directory::open(&args.file) {
+        Ok(Directory::Replica(replica)) => ("longhorn-replica", longhorn::check(&replica)),
+        Ok(Directory::Volume(volume)) => ("bedplate-volume", (volume_report::check(&volume), Vec::new())),
+        Err(error @ Error::Corrupt { .. }) => ("unknown", (vec![error.to_string()], Vec::new())),
+        Err(error) => return Err(error.into()),
     };
     let code = exit_code(corruptions.len(), leftovers.len());
     let filename = args.file.display().to_string();

@@ -31,6 +31,7 @@ use crate::{
     source::{self, Chain, FileArgs, FormatName, OpenArgs},
     stack::Layer,
     verify::digest,
+    volume_report::{self, VolumeReport},
 };
 
 const EXAMPLES: &str = "Examples:
@@ -107,6 +108,7 @@ pub struct Info {
 pub enum FormatSpecific {
     Qcow2(Qcow2Info),
     LonghornReplica(ReplicaInfo),
+    BedplateVolume(VolumeReport),
 }
 
 impl Info {
@@ -149,6 +151,7 @@ impl Info {
             rows.extend(match specific {
                 FormatSpecific::Qcow2(qcow2) => qcow2.rows(),
                 FormatSpecific::LonghornReplica(replica) => replica.rows(),
+                FormatSpecific::BedplateVolume(volume) => volume.rows(),
             });
         }
         if let Some(content) = &self.content {
@@ -165,8 +168,12 @@ impl Info {
     /// For people: the lists that it has, each with a title.
     pub fn tables(&self) -> Vec<(&'static str, String)> {
         let mut tables = Vec::new();
-        if let Some(FormatSpecific::LonghornReplica(replica)) = &self.format_specific {
-            tables.push(("Layers, newest first", replica.table()));
+        match &self.format_specific {
+            Some(FormatSpecific::LonghornReplica(replica)) => {
+                tables.push(("Layers, newest first", replica.table()));
+            }
+            Some(FormatSpecific::BedplateVolume(volume)) => tables.extend(volume.tables()),
+            Some(FormatSpecific::Qcow2(_)) | None => {}
         }
         if let Some(partitions) = self.content.as_ref().and_then(Content::table) {
             tables.push(("Partitions", partitions));
@@ -264,6 +271,7 @@ fn of_directory(path: &Path) -> EngineResult<Info> {
     let mut info = Info { filename: path.display().to_string(), ..Info::default() };
     match directory::open(path)? {
         Directory::Replica(replica) => longhorn::info(&replica, &mut info),
+        Directory::Volume(volume) => volume_report::info(&volume, &mut info),
     }
     Ok(info)
 }

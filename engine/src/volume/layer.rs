@@ -64,12 +64,27 @@ pub fn create(storage: &dyn Storage, layer: Uuid, blocks: BlockCount) -> Result<
 
 /// Open a layer and read its map, from the medium: after a failed sync the page cache may hold what the disk does not.
 pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
-    let dir = dir(layer);
-    match storage.remove_file(&staged_path(&dir)) {
+    match storage.remove_file(&staged_path(&dir(layer))) {
         Err(error) if !error.is_not_found() => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    let map = storage.open(&map_path(&dir), Open::ReadWrite)?;
+    let layer = load(storage, layer, Open::ReadWrite, Open::Direct)?;
+    // The length is only made durable together with data.
+    let wanted = layer.index.block_count().len().0;
+    if layer.data.len()? < wanted {
+        layer.data.set_len(wanted)?;
+    }
+    Ok(layer)
+}
+
+/// Look at a layer of a disk that nobody serves; nothing is changed.
+pub fn inspect(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
+    load(storage, layer, Open::Read, Open::Read)
+}
+
+fn load(storage: &dyn Storage, layer: Uuid, map: Open, data: Open) -> Result<Layer> {
+    let dir = dir(layer);
+    let map = storage.open(&map_path(&dir), map)?;
     map.drop_cache()?;
     let corrupt = |what, at: u64| Error::Corrupt { path: map.path().to_owned(), what, at: ByteOffset(at) };
     let len = map.len()?;
@@ -98,15 +113,9 @@ pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
     let damaged_log = replayed
         .damage
         .map(|(what, at)| format!("{what}, at byte {} of {}", header.log_offset + at, map.path().display()));
-    let data = storage.open(&data_path(&dir), Open::Direct)?;
-    // The length is only made durable together with data.
-    let wanted = header.block_count.len().0;
-    if data.len()? < wanted {
-        data.set_len(wanted)?;
-    }
     Ok(Layer {
         uuid: layer,
-        data,
+        data: storage.open(&data_path(&dir), data)?,
         index,
         log: replayed.end,
         log_offset: header.log_offset,
