@@ -10,3 +10,4 @@ mod hostile;
 mod images;
 mod memory;
 mod readers;
+mod snapshots;
