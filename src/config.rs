@@ -10,12 +10,13 @@ use std::{
     ffi::OsString,
     fs, io,
     num::NonZeroUsize,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     time::Duration,
 };
 
 use bedplate_fuse::{Mode, Sharing};
 use clap::Args;
+use nix::unistd::Group;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use crate::{
@@ -30,6 +31,8 @@ const STATE_DEFAULT: &str = "/var/lib/bedplate";
 const SOCKET_NAME: &str = "bedplate.sock";
 /// How alike an unknown key and a known one must be for a suggestion.
 const SUGGESTION_LIKENESS_MIN: f64 = 0.7;
+/// Links that are followed in one path, as many as the kernel does.
+const LINKS_MAX: usize = 40;
 /// Image jobs that run at once.
 pub const IMAGE_JOBS_MAX: usize = 64;
 const IMAGE_DEADLINE_DEFAULT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -72,6 +75,9 @@ pub struct Settings {
     /// How a line of the log looks [default: text]
     #[arg(long, value_name = "FORMAT", env = "BEDPLATE_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
+    /// Group whose members may speak to the node, too [default: the node's own group]
+    #[arg(long, value_name = "GROUP", env = "BEDPLATE_SOCKET_GROUP")]
+    pub socket_group: Option<String>,
     /// Given on the command line for every command, so no flag of this group.
     #[arg(skip)]
     pub socket: Option<PathBuf>,
@@ -95,7 +101,7 @@ pub struct HttpPatience {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "state",
     "disks",
     "mount",
@@ -108,7 +114,15 @@ const KEYS: [&str; 12] = [
     "log_format",
     "socket",
     "http",
+    "socket_group",
 ];
+
+/// A group that the system knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketGroup {
+    pub name: String,
+    pub id: u32,
+}
 
 /// What a node runs with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,6 +131,7 @@ pub struct Config {
     pub disks: Vec<PathBuf>,
     pub mount: PathBuf,
     pub socket: PathBuf,
+    pub socket_group: Option<SocketGroup>,
     pub mount_mode: Mode,
     pub sharing: Sharing,
     pub threads: NonZeroUsize,
@@ -198,6 +213,7 @@ impl Settings {
             log_format: self.log_format.or(below.log_format),
             socket: self.socket.or(below.socket),
             http: self.http.or(below.http),
+            socket_group: self.socket_group.or(below.socket_group),
         }
     }
 
@@ -218,9 +234,11 @@ impl Settings {
         let state = absolute("state", self.state.unwrap_or_else(|| STATE_DEFAULT.into()))?;
         let disks = self.disks.unwrap_or_else(|| vec![state.join("disk")]);
         let disks = disks.into_iter().map(|disk| absolute("disks", disk)).collect::<Result<Vec<_>, _>>()?;
-        let mount = absolute("mount", self.mount.unwrap_or_else(|| state.join("mount")))?;
+        // By the name that the kernel has for it: its files are told by it, and it is compared with others.
+        let mount = resolve(&absolute("mount", self.mount.unwrap_or_else(|| state.join("mount")))?);
         let socket = absolute("socket", self.socket.unwrap_or_else(|| state.join(SOCKET_NAME)))?;
         check_places(&disks, &mount, &socket)?;
+        let socket_group = self.socket_group.map(find_group).transpose()?;
 
         let mode = self.mount_mode.unwrap_or_else(|| "0600".to_owned());
         let mount_mode = u16::from_str_radix(&mode, 8).ok().and_then(Mode::new).ok_or_else(|| {
@@ -248,6 +266,7 @@ impl Settings {
             disks,
             mount,
             socket,
+            socket_group,
             mount_mode,
             sharing,
             threads,
@@ -290,6 +309,8 @@ impl Config {
             disks: &'a [PathBuf],
             mount: &'a Path,
             socket: &'a Path,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            socket_group: Option<&'a str>,
             mount_mode: String,
             allow_other: bool,
             threads: NonZeroUsize,
@@ -311,6 +332,7 @@ impl Config {
             disks: &self.disks,
             mount: &self.mount,
             socket: &self.socket,
+            socket_group: self.socket_group.as_ref().map(|group| group.name.as_str()),
             mount_mode: format!("{:04o}", self.mount_mode.bits()),
             allow_other: matches!(self.sharing, Sharing::Others),
             threads: self.threads,
@@ -330,7 +352,6 @@ impl Config {
     }
 }
 
-/// Without resolving links: a disk may not be there yet.
 fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
     std::path::absolute(&path).map_err(|error| ConfigError::Value {
         key,
@@ -339,7 +360,35 @@ fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
     })
 }
 
-/// Refuse directories that would hide or hold one another.
+/// The path without links and dots, as far as that can be told. Nothing on the way is asked for more than where it
+/// leads, since a look at a mount whose node is gone may hang; what is not there yet is no link.
+fn resolve(path: &Path) -> PathBuf {
+    let mut found = PathBuf::new();
+    let mut links = 0;
+    let mut rest = vec![path.to_owned()];
+    while let Some(next) = rest.pop() {
+        let mut components = next.components();
+        let Some(component) = components.next() else { continue };
+        rest.push(components.as_path().to_owned());
+        match component {
+            Component::RootDir => found = PathBuf::from("/"),
+            Component::ParentDir => {
+                found.pop();
+            }
+            Component::CurDir | Component::Prefix(_) => {}
+            Component::Normal(name) => match found.join(name).read_link() {
+                Ok(target) if links < LINKS_MAX => {
+                    links += 1;
+                    rest.push(target);
+                }
+                Ok(_) | Err(_) => found.push(name),
+            },
+        }
+    }
+    found
+}
+
+/// Refuse directories that would hide or hold one another, whatever links lead there; `mount` has none.
 fn check_places(disks: &[PathBuf], mount: &Path, socket: &Path) -> Result<(), ConfigError> {
     let refuse = |key, path: &Path, reason: String| {
         Err(ConfigError::Value { key, value: path.display().to_string(), reason })
@@ -347,18 +396,28 @@ fn check_places(disks: &[PathBuf], mount: &Path, socket: &Path) -> Result<(), Co
     if disks.is_empty() {
         return refuse("disks", Path::new(""), "a node needs at least one disk".to_owned());
     }
-    for (index, disk) in disks.iter().enumerate() {
-        if disks.iter().take(index).any(|other| other == disk) {
+    let real: Vec<PathBuf> = disks.iter().map(|disk| resolve(disk)).collect();
+    for (index, (disk, real_disk)) in disks.iter().zip(&real).enumerate() {
+        if real.iter().take(index).any(|other| other == real_disk) {
             return refuse("disks", disk, "named twice".to_owned());
         }
-        if mount.starts_with(disk) || disk.starts_with(mount) {
+        if mount.starts_with(real_disk) || real_disk.starts_with(mount) {
             return refuse("mount", mount, format!("must lie apart from the disk {}", disk.display()));
         }
     }
-    if socket.starts_with(mount) {
+    if socket.starts_with(mount) || resolve(socket).starts_with(mount) {
         return refuse("socket", socket, format!("must not lie under the mount {}", mount.display()));
     }
     Ok(())
+}
+
+fn find_group(name: String) -> Result<SocketGroup, ConfigError> {
+    let reason = match Group::from_name(&name) {
+        Ok(Some(group)) => return Ok(SocketGroup { name, id: group.gid.as_raw() }),
+        Ok(None) => "no such group; `getent group` lists what there is".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Err(ConfigError::Value { key: "socket_group", value: name, reason })
 }
 
 fn at_most(
@@ -407,6 +466,8 @@ fn one_line(text: &str, error: &toml::de::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, ConfigError> {
@@ -438,7 +499,7 @@ mod tests {
     #[test]
     fn every_field_is_a_known_key() {
         let text = "state='/s'\ndisks=['/d']\nmount='/m'\nmount_mode='0660'\nallow_other=false\nthreads=1\n\
-                    image_jobs=2\nimage_deadline='2h30m'\nlog='debug'\nlog_format='json'\nsocket='/k'\n\
+                    image_jobs=2\nimage_deadline='2h30m'\nlog='debug'\nlog_format='json'\nsocket='/k'\nsocket_group='root'\n\
                     [http]\nconnect_timeout='4s'\nidle_timeout='10s'\nfirst_byte_within='1m'\nstalled_max='1h'";
         let settings = parse(text).unwrap();
         assert_eq!(toml::from_str::<toml::Table>(text).unwrap().len(), KEYS.len());
@@ -465,7 +526,7 @@ mod tests {
 
     #[test]
     fn values_that_cannot_work_are_refused_by_their_key() {
-        let table: [(&str, &str); 11] = [
+        let table: [(&str, &str); 12] = [
             ("mount_mode = '4755'", "mount_mode"),
             ("mount_mode = 'rw'", "mount_mode"),
             ("threads = 1000", "threads"),
@@ -477,12 +538,36 @@ mod tests {
             ("disks = ['/a', '/a']", "disks"),
             ("disks = ['/a']\nmount = '/a/m'", "mount"),
             ("mount = '/m'\nsocket = '/m/s'", "socket"),
+            ("socket_group = 'no-such-group'", "socket_group"),
         ];
         for (text, wrong) in table {
             match parse(text).unwrap().finish() {
                 Err(ConfigError::Value { key, .. }) => assert_eq!(key, wrong, "{text}"),
                 other => panic!("{text}: {other:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn links_do_not_hide_that_places_lie_in_one_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("real/disk")).unwrap();
+        symlink("real", at("link")).unwrap();
+        symlink(at("link/disk"), at("again")).unwrap();
+        symlink("round", at("round")).unwrap();
+        let real = dir.path().canonicalize().unwrap().join("real");
+        assert_eq!(resolve(&at("again/x/../y")), real.join("disk/y"));
+        assert_eq!(resolve(&at("round")).file_name(), Some("round".as_ref()));
+        let settings = |disk: &str, mount: &str| Settings {
+            disks: Some(vec![at(disk)]),
+            mount: Some(at(mount)),
+            ..Settings::default()
+        };
+        assert_eq!(settings("other", "link/m").finish().unwrap().mount, real.join("m"));
+        for (disk, mount) in [("again", "real/disk/m"), ("real/disk", "again"), ("real/disk", "link")] {
+            let refused = settings(disk, mount).finish();
+            assert!(matches!(refused, Err(ConfigError::Value { key: "mount", .. })), "{disk} {mount}");
         }
     }
 

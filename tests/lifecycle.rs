@@ -8,10 +8,13 @@ use std::{
 
 use nix::sys::signal::Signal;
 
-use crate::util::{
-    content::{MIB, pattern, read_at},
-    node::Node,
-    run::{run, until},
+use crate::{
+    attach::slow_losetup,
+    util::{
+        content::{MIB, pattern, read_at},
+        node::Node,
+        run::{run, until},
+    },
 };
 
 #[test]
@@ -27,6 +30,30 @@ fn sigterm_and_sigint_flush_unmount_and_exit_with_0() {
         // Without any sync of the writer's.
         assert_eq!(read_at(&node.volume("v"), 4096 * n, MIB), pattern(MIB, n));
     }
+}
+
+#[test]
+fn a_signal_during_a_long_start_ends_it_in_order() {
+    let mut node = Node::start();
+    node.run("volume create v --size 16M");
+    node.run("volume attach v");
+    node.kill();
+    // What the killed node left is looked at in the start, by a losetup that takes its time.
+    let path = slow_losetup(&node);
+    fs::write(node.scratch("hold"), "").unwrap();
+    node.wrap(&["env", &path]);
+    node.spawn();
+    until("the start is at the devices", || node.scratch("called").exists());
+    assert_eq!(node.http("GET", "/readyz"), None);
+    node.signal(Signal::SIGTERM);
+    until("the start is given up", || node.log().contains("the start is given up"));
+    fs::remove_file(node.scratch("hold")).unwrap();
+    assert_eq!(node.wait_end().code(), Some(0), "{}", node.log());
+    assert!(node.mounts().is_empty());
+    node.restart();
+    assert!(node.http("GET", "/v1/node").unwrap().contains("\"stale_devices\":[]"));
+    node.run("volume attach v");
+    node.run("volume detach v");
 }
 
 #[test]
@@ -78,51 +105,6 @@ fn the_stale_mount_of_a_killed_node_is_repaired_at_the_next_start_also_when_it_i
         assert_eq!(read_at(&node.volume("v"), 0, 4096), pattern(4096, 3));
         drop(busy);
     }
-}
-
-#[test]
-fn an_attached_volume_is_a_device_with_direct_io_that_follows_the_size() {
-    let node = Node::start();
-    node.run("volume create v --size 64M");
-    let device = node.json("volume attach v")["device"].as_str().unwrap().to_owned();
-    assert_eq!(node.json("volume attach v")["device"], device.as_str());
-    assert_eq!(node.json("volume get v")["device"], device.as_str());
-    let name = device.trim_start_matches("/dev/");
-    assert_eq!(node.sh(&format!("cat /sys/block/{name}/loop/dio")).trim(), "1");
-    node.sh(&format!("mkfs.ext4 -q {device}; mkdir m; mount {device} m; echo kept > m/file"));
-    node.run("volume resize v 128M");
-    assert_eq!(node.sh(&format!("blockdev --getsize64 {device}")).trim(), "134217728");
-    let said = node.refused("volume detach v", 4);
-    assert!(said.contains("scratch/m"), "{said}");
-    // Growing it while it is mounted needs a capability that not every container has.
-    node.sh(&format!("umount m; e2fsck -fp {device}; resize2fs {device}; mount {device} m"));
-    node.sh("[ $(df --output=size -B1M m | tail -1) -gt 100 ]; cat m/file; umount m");
-    node.run("volume detach v");
-    assert!(node.loops().is_empty());
-    assert!(node.json("volume get v")["device"].is_null());
-    node.sh("fsck.ext4 -fn $V/v");
-    node.run("volume delete v");
-}
-
-#[test]
-fn loop_devices_of_a_killed_node_are_detached_or_listed_as_stale() {
-    let mut node = Node::start();
-    node.run("volume create free --size 16M");
-    node.run("volume create busy --size 16M");
-    node.run("volume attach free");
-    let device = node.json("volume attach busy")["device"].as_str().unwrap().to_owned();
-    node.sh(&format!("mkfs.ext4 -q {device}; mkdir m; mount {device} m"));
-    node.kill();
-    node.restart();
-    let info = node.http("GET", "/v1/node").unwrap();
-    assert!(info.contains(&format!("\"stale_devices\":[\"{device}\"]")), "{info}");
-    node.sh("umount -l m");
-    until("the device goes with its last user", || {
-        node.http("GET", "/v1/node").unwrap().contains("\"stale_devices\":[]")
-    });
-    assert!(node.loops().is_empty(), "{:?}", node.loops());
-    node.run("volume attach busy");
-    node.run("volume detach busy");
 }
 
 #[test]

@@ -7,13 +7,18 @@
 
 #![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
 
+mod attach;
 mod block_device;
 mod farm;
+mod jobs;
 mod kill;
 mod lifecycle;
 mod main_job;
 mod memory;
+mod places;
 mod qcow2;
-
+mod races;
+mod sources;
 mod trace;
+mod upload;
 mod util;

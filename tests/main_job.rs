@@ -232,8 +232,7 @@ fn what_cannot_be_found_or_collides_or_makes_no_sense_has_its_exit_code_and_one_
         ("snapshot delete a nope", 3, "nope"),
         ("volume attach nope", 3, "nope"),
         ("image create i --from image:nope --wait", 3, "nope"),
-        // A volume is looked for by the image's job, which fails as with any other source that is not there.
-        ("image create i1 --from volume:nope --wait", 1, "nope"),
+        ("image create i --from volume:nope --wait", 3, "nope"),
         ("volume create a --size 1M", 4, "\"a\""),
         ("volume clone a a", 4, "\"a\""),
         ("snapshot create a s", 4, "\"s\""),

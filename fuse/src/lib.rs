@@ -33,6 +33,6 @@ mod warm;
 pub use error::{MountError, Result};
 pub use handles::IoPath;
 pub use invalidate::Change;
-pub use mount::{Ended, Mount, Stopped};
-pub use namespace::{FileEntry, FileId, Kind, Namespace, OpenFile};
+pub use mount::{Ended, FileIdentity, Mount, Stopped};
+pub use namespace::{FileEntry, FileId, Kind, ListedFile, Namespace, OpenFile};
 pub use options::{Mode, MountOptions, Sharing, THREADS_MAX};

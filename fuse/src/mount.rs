@@ -77,6 +77,14 @@ pub enum Stopped {
     Already(Ended),
 }
 
+/// What no other file has at the same time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileIdentity {
+    /// `MAJOR:MINOR`.
+    pub file_system: String,
+    pub inode: u64,
+}
+
 /// A mount that serves, until it is stopped or dropped.
 pub struct Mount {
     dir: PathBuf,
@@ -127,6 +135,18 @@ impl Mount {
     /// The directory that it is mounted on.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// What `stat` says of a file of this mount, without asking the mount: the number of its file system and its own.
+    /// `None` where no more files can have a number.
+    pub fn identity(&self, file: FileId) -> Option<FileIdentity> {
+        let inode = self.served.number(file).ok()?.0;
+        Some(FileIdentity { file_system: self.file_system(), inode })
+    }
+
+    /// `MAJOR:MINOR` of the mount's file system, which no other has while this one has users.
+    pub fn file_system(&self) -> String {
+        format!("{}:{}", self.entry.device.major, self.entry.device.minor)
     }
 
     /// The path of a file's bytes while it is open, else `None`.

@@ -1,8 +1,9 @@
 //! What the front end asks of the node: which files there are, and a device for each.
 //!
 //! Owns the trait [`Namespace`] and the types that cross it. Every method is called on a thread that serves the mount,
-//! so an implementation answers from memory, waits for nothing that itself waits for the mount, and never opens or
-//! stats anything beneath the mount. [`Namespace::open`] may read records and open files of the disks.
+//! so an implementation waits for nothing that itself waits for the mount, and never opens or stats anything beneath the
+//! mount. A directory is listed from memory; to tell of one file or open it, files of the disks may be looked at, under
+//! no lock that others wait for.
 
 use std::{fmt, fs::File, sync::Arc, time::SystemTime};
 
@@ -54,7 +55,14 @@ impl fmt::Display for FileId {
     }
 }
 
-/// A file as a listing shows it.
+/// A file as a directory lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedFile {
+    pub name: String,
+    pub id: FileId,
+}
+
+/// A file as `stat` shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileEntry {
     pub name: String,
@@ -81,7 +89,7 @@ pub struct OpenFile {
 /// The node's images and volumes.
 pub trait Namespace: Send + Sync + 'static {
     /// The files of one directory, in any order.
-    fn list(&self, kind: Kind) -> Vec<FileEntry>;
+    fn list(&self, kind: Kind) -> Vec<ListedFile>;
 
     fn lookup(&self, kind: Kind, name: &str) -> Option<FileEntry>;
 

@@ -26,7 +26,7 @@ use crate::{
     device_file::{self, Allocation, Seek},
     errno::Fault,
     handles::{Handle, Handles, Listed, Route, TooMany},
-    namespace::{FileEntry, FileId, Kind, Namespace},
+    namespace::{FileEntry, FileId, Kind, ListedFile, Namespace},
     options::MountOptions,
     tree::{self, Full, Node, Owner, Tree},
     warm::Warming,
@@ -215,7 +215,8 @@ impl Served {
         self.namespace.stat(file).ok_or(Fault::Refused(Errno::ESTALE))
     }
 
-    fn number(&self, file: FileId) -> Result<INodeNo, Full> {
+    /// The file's number; one that no longer is gives way for it.
+    pub(crate) fn number(&self, file: FileId) -> Result<INodeNo, Full> {
         self.tree.number(file).or_else(|Full| {
             let named =
                 Kind::ALL.into_iter().flat_map(|kind| self.namespace.list(kind)).map(|entry| entry.id);
@@ -249,7 +250,7 @@ impl Served {
             Node::Directory(kind) => {
                 let mut entries = self.namespace.list(kind);
                 entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-                for FileEntry { id, name, .. } in entries {
+                for ListedFile { id, name } in entries {
                     names.push(Listed { ino: self.number(id)?, kind: FileType::RegularFile, name });
                 }
             }

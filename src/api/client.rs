@@ -10,17 +10,18 @@ use std::{
     time::Duration,
 };
 
-use http_body_util::{BodyExt, Full, Limited};
+use futures_util::stream;
+use http_body_util::{BodyExt, Empty, Full, Limited, StreamBody};
 use hyper::{
     Method, Request, Response, StatusCode,
-    body::{Bytes, Incoming},
+    body::{Body, Bytes, Frame, Incoming},
     client::conn::http1,
     header,
 };
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{net::UnixStream, sync::mpsc, time::timeout};
 
 use super::{
     problem::{Code, Problem},
@@ -38,6 +39,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(150);
 const STREAM_IDLE_MAX: Duration = Duration::from_secs(120);
 /// Bytes of an answer that is not a stream.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
+const JSON: &str = "application/json";
+const OCTETS: &str = "application/octet-stream";
 
 /// Why a call gave no answer, or which one.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +100,42 @@ impl Client {
 
     pub async fn create_image(&self, request: &CreateImage) -> Result<Image> {
         self.post(&["images"], request).await
+    }
+
+    /// Send the bytes of an image that was created with the source `upload`. An error among `parts`, or the end of this
+    /// future before its answer, breaks the upload off.
+    pub async fn upload_image(
+        &self,
+        name: &str,
+        mut parts: mpsc::Receiver<io::Result<Bytes>>,
+    ) -> Result<Image> {
+        let (to_body, queue) = mpsc::channel(1);
+        let body = StreamBody::new(stream::unfold(queue, |mut queue| async move {
+            let part: io::Result<Bytes> = queue.recv().await?;
+            Some((part.map(Frame::data), queue))
+        }));
+        // However long the sender takes for a part, the node must take it soon.
+        let feed = async move {
+            while let Some(part) = parts.recv().await {
+                match timeout(STREAM_IDLE_MAX, to_body.send(part)).await {
+                    Ok(Ok(())) => {}
+                    // The answer is there, or the connection gone; either says why.
+                    Ok(Err(_)) => return Ok(()),
+                    Err(_) => return Err(self.timed_out(STREAM_IDLE_MAX)),
+                }
+            }
+            Ok(())
+        };
+        let path = path_of(&["images", name, "content"]);
+        let mut exchange = std::pin::pin!(self.exchange(Method::POST, &path, Some(OCTETS), body));
+        let response = tokio::select! {
+            response = &mut exchange => response?,
+            fed = feed => {
+                fed?;
+                timeout(ANSWER_MAX, exchange).await.map_err(|_| self.timed_out(ANSWER_MAX))??
+            }
+        };
+        self.decode(self.whole(response).await?)
     }
 
     pub async fn delete_image(&self, name: &str) -> Result<()> {
@@ -189,6 +228,10 @@ impl Client {
         self.get(&["jobs", &id.to_string()]).await
     }
 
+    pub async fn cancel_job(&self, id: u64) -> Result<Job> {
+        self.act(&["jobs", &id.to_string(), "cancel"]).await
+    }
+
     /// Write an image's content to `out`; returns its length.
     pub async fn image_content(&self, name: &str, out: &mut dyn io::Write) -> Result<u64> {
         self.stream(&path_of(&["images", name, "content"]), out).await
@@ -224,14 +267,16 @@ impl Client {
     /// The body of a good answer; any other answer is an error.
     async fn send(&self, method: Method, path: &[&str], body: Option<Vec<u8>>) -> Result<Bytes> {
         let exchange = async {
-            let response = self.exchange(method, &path_of(path), body).await?;
+            let media_type = body.is_some().then_some(JSON);
+            let body = Full::new(Bytes::from(body.unwrap_or_default()));
+            let response = self.exchange(method, &path_of(path), media_type, body).await?;
             self.whole(response).await
         };
         timeout(ANSWER_MAX, exchange).await.unwrap_or_else(|_| Err(self.timed_out(ANSWER_MAX)))
     }
 
     async fn stream(&self, path: &str, out: &mut dyn io::Write) -> Result<u64> {
-        let response = timeout(ANSWER_MAX, self.exchange(Method::GET, path, None))
+        let response = timeout(ANSWER_MAX, self.exchange(Method::GET, path, None, Empty::<Bytes>::new()))
             .await
             .unwrap_or_else(|_| Err(self.timed_out(ANSWER_MAX)))?;
         let expected: Option<u64> =
@@ -255,12 +300,17 @@ impl Client {
     }
 
     /// Send one request; an answer that is an error becomes one.
-    async fn exchange(
+    async fn exchange<B>(
         &self,
         method: Method,
         path: &str,
-        body: Option<Vec<u8>>,
-    ) -> Result<Response<Incoming>> {
+        media_type: Option<&'static str>,
+        body: B,
+    ) -> Result<Response<Incoming>>
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let unreachable = |source| Error::Unreachable { socket: self.socket.clone(), source };
         let stream = timeout(CONNECT_MAX, UnixStream::connect(&self.socket))
             .await
@@ -271,12 +321,10 @@ impl Client {
         // Ends with the connection, whose errors reach the caller through the answer.
         tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(path).header(header::HOST, "bedplate");
-        if body.is_some() {
-            request = request.header(header::CONTENT_TYPE, "application/json");
+        if let Some(media_type) = media_type {
+            request = request.header(header::CONTENT_TYPE, media_type);
         }
-        let request = request
-            .body(Full::new(Bytes::from(body.unwrap_or_default())))
-            .map_err(|error| self.broken(&error))?;
+        let request = request.body(body).map_err(|error| self.broken(&error))?;
         let response = sender.send_request(request).await.map_err(|error| self.broken(&error))?;
         if response.status().is_success() {
             return Ok(response);

@@ -11,10 +11,11 @@ use bedplate_engine::{
     units::{BLOCK_SIZE, ByteLen, ByteRange, to_usize},
 };
 use jiff::Timestamp;
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::{
-    node::{Node, Origin, Readiness, Result},
+    node::{Node, Origin, Readiness, Result, UploadParts},
     problem::{Code, Refusal},
     types::*,
 };
@@ -29,6 +30,8 @@ pub struct FakeNode {
     pub device: Arc<Pattern>,
     pub readiness: Mutex<Readiness>,
     volumes: Mutex<Vec<Volume>>,
+    /// What the last whole upload brought.
+    pub uploaded: Arc<Mutex<Vec<u8>>>,
 }
 
 impl FakeNode {
@@ -37,6 +40,7 @@ impl FakeNode {
             device: Arc::new(Pattern { size: 5 * (1 << 20) + 512, fails_at: None }),
             readiness: Mutex::new(Readiness::Ready),
             volumes: Mutex::new(vec![volume(VOLUME, 1 << 30)]),
+            uploaded: Arc::default(),
         })
     }
 
@@ -126,6 +130,24 @@ impl Node for FakeNode {
 
     fn create_image(&self, request: CreateImage) -> Result<Image> {
         Ok(Image { state: ImageState::Pending, source: request.source, ..image(&request.name) })
+    }
+
+    fn upload_image(&self, name: &str) -> Result<UploadParts> {
+        let (parts, mut queue) = mpsc::channel(1);
+        if name == BROKEN {
+            return Ok(parts);
+        }
+        let uploaded = self.uploaded.clone();
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            while let Some(part) = queue.blocking_recv() {
+                match part {
+                    Some(part) => bytes.extend_from_slice(&part),
+                    None => *uploaded.lock().unwrap_or_else(PoisonError::into_inner) = bytes.split_off(0),
+                }
+            }
+        });
+        Ok(parts)
     }
 
     fn delete_image(&self, name: &str) -> Result<()> {
@@ -223,6 +245,11 @@ impl Node for FakeNode {
             7 => Ok(self.job(JobKind::VolumeClone, "a")),
             _ => Err(Refusal::new(Code::NotFound, format!("job \"{id}\" not found"))),
         }
+    }
+
+    fn cancel_job(&self, id: u64) -> Result<()> {
+        Node::job(self, id)?;
+        Err(Refusal::new(Code::NotReady, format!("job \"{id}\" has ended already")))
     }
 
     fn wait_job(&self, id: u64, _: Duration) -> Result<Job> {

@@ -10,6 +10,7 @@ pub mod node;
 pub mod problem;
 pub mod routes;
 pub mod server;
+pub mod socket;
 pub mod types;
 
 #[cfg(test)]

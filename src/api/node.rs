@@ -6,7 +6,9 @@
 
 use std::{sync::Arc, time::Duration};
 
+use axum::body::Bytes;
 use bedplate_engine::device::BlockDevice;
+use tokio::sync::mpsc;
 
 use super::{
     problem::Refusal,
@@ -33,6 +35,10 @@ pub enum Origin {
     Volume { name: String, snapshot: Option<String> },
 }
 
+/// Where the bytes of an upload go, in order. `None` says that the last one has been sent; dropped before that, the
+/// upload broke off. Closed when nobody takes them any more: what became of the image says why.
+pub type UploadParts = mpsc::Sender<Option<Bytes>>;
+
 /// A running node. Objects are named by name; an image or volume also by its uuid.
 pub trait Node: Send + Sync + 'static {
     fn readiness(&self) -> Readiness;
@@ -42,6 +48,8 @@ pub trait Node: Send + Sync + 'static {
     fn image(&self, name: &str) -> Result<Image>;
     /// Begins; the image is *pending*.
     fn create_image(&self, request: CreateImage) -> Result<Image>;
+    /// The bytes of an image that was created with the source `upload`; once.
+    fn upload_image(&self, name: &str) -> Result<UploadParts>;
     fn delete_image(&self, name: &str) -> Result<()>;
     fn cancel_image(&self, name: &str) -> Result<Image>;
     /// Begins to read it back; it has progress until that ends.
@@ -70,6 +78,8 @@ pub trait Node: Send + Sync + 'static {
 
     fn jobs(&self) -> Vec<Job>;
     fn job(&self, id: u64) -> Result<Job>;
+    /// Tells it to stop; it ends soon after.
+    fn cancel_job(&self, id: u64) -> Result<()>;
     /// The job when it has ended, or as it is after `patience`.
     fn wait_job(&self, id: u64, patience: Duration) -> Result<Job>;
 }

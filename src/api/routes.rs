@@ -12,7 +12,7 @@ use axum::{
         FromRequest, FromRequestParts, Path, State,
         rejection::{JsonRejection, QueryRejection},
     },
-    http::{StatusCode, header},
+    http::{Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use utoipa::OpenApi;
@@ -31,6 +31,9 @@ use crate::telemetry::Metrics;
 
 /// How long a request waits for its job before it answers that the job is running.
 const JOB_GRACE: Duration = Duration::from_millis(250);
+
+/// The one route whose request takes as long as its body does.
+pub const UPLOAD: (Method, &str) = (Method::POST, "/v1/images/{name}/content");
 
 /// What every route has at hand.
 #[derive(Clone)]
@@ -91,7 +94,7 @@ pub fn router(context: Context) -> Router {
         .routes(routes!(cancel_image))
         .routes(routes!(verify_image))
         .routes(routes!(export_image))
-        .routes(routes!(image_content))
+        .routes(routes!(image_content, upload_image))
         .routes(routes!(list_volumes, create_volume))
         .routes(routes!(get_volume, delete_volume))
         .routes(routes!(resize_volume))
@@ -107,6 +110,7 @@ pub fn router(context: Context) -> Router {
         .routes(routes!(revert_volume))
         .routes(routes!(list_jobs))
         .routes(routes!(get_job))
+        .routes(routes!(cancel_job))
         .split_for_parts();
     let document = Arc::new(document);
     router
@@ -260,6 +264,22 @@ async fn export_image(
 async fn image_content(State(context): State<Context>, Path(name): Path<String>) -> Reply<Response> {
     let device = call(context, move |node| node.content(Origin::Image(name))).await?;
     Ok(content::response(device))
+}
+
+/// Send the bytes of an image that was created with the source `upload`. Answered when they have been taken over, with
+/// the image as it is then: its state tells whether it is good.
+#[utoipa::path(post, path = "/v1/images/{name}/content", tag = "images",
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 202, body = Image), (status = "default", body = Problem)))]
+async fn upload_image(
+    State(context): State<Context>,
+    Path(name): Path<String>,
+    body: axum::body::Body,
+) -> Reply<(StatusCode, Json<Image>)> {
+    let image = name.clone();
+    let parts = call(context.clone(), move |node| node.upload_image(&image)).await?;
+    content::receive(body, parts).await?;
+    call(context, move |node| Ok((StatusCode::ACCEPTED, Json(node.image(&name)?)))).await
 }
 
 /// All volumes.
@@ -425,7 +445,25 @@ async fn list_jobs(State(context): State<Context>) -> Reply<Json<Vec<Job>>> {
 #[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs",
     responses((status = 200, body = Job), (status = "default", body = Problem)))]
 async fn get_job(State(context): State<Context>, Path(id): Path<String>) -> Reply<Json<Job>> {
-    let unknown = || Refusal::new(Code::NotFound, format!("job {id:?} not found"));
-    let id = id.parse().map_err(|_| unknown())?;
+    let id = job_id(&id)?;
     call(context, move |node| Ok(Json(node.job(id)?))).await
+}
+
+/// Tell a job to stop. It then fails as cancelled; what it had made is taken away, or used when it is done again.
+#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", tag = "jobs",
+    responses((status = 200, body = Job), (status = 202, body = Job), (status = "default", body = Problem)))]
+async fn cancel_job(
+    State(context): State<Context>,
+    Path(id): Path<String>,
+) -> Reply<(StatusCode, Json<Job>)> {
+    let id = job_id(&id)?;
+    start(context, move |node| {
+        node.cancel_job(id)?;
+        node.job(id)
+    })
+    .await
+}
+
+fn job_id(text: &str) -> Reply<u64> {
+    text.parse().map_err(|_| Refusal::new(Code::NotFound, format!("job {text:?} not found")))
 }

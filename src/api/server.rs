@@ -1,15 +1,12 @@
-//! The server: a Unix socket, its limits, and how it stops.
+//! The server: its limits, and how it stops.
 //!
-//! Owns the socket file (a stale one is replaced only when nobody answers on it), its mode, and every bound on what
-//! clients may do at once. A connection that sends nothing is closed after `IDLE_MAX`, a request that is not answered
-//! within `ANSWER_MAX` is answered *timed out* while its work goes on. Stopping answers what is in work, and refuses
+//! Owns every bound on what clients may do at once; the socket's file is [`super::socket`]'s. A connection that sends
+//! nothing is closed after `IDLE_MAX`, a request that is not answered within `ANSWER_MAX` is answered *timed out* while
+//! its work goes on (an upload takes as long as its body). Stopping answers what is in work, and refuses
 //! the rest.
 
 use std::{
-    fs::{self, Permissions},
     io,
-    os::unix::{fs::PermissionsExt, net::UnixStream as StdUnixStream},
-    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,17 +22,13 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use tokio::{
-    net::{UnixListener, UnixStream},
-    sync::Semaphore,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{net::UnixStream, sync::Semaphore, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     problem::{Code, Refusal},
     routes::{self, Context},
+    socket::Listener,
 };
 
 /// Open connections; one more waits until another is closed.
@@ -48,66 +41,8 @@ pub const BODY_BYTES_MAX: usize = 64 << 10;
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// How long a request may take until it is answered; a body that is streamed may take longer.
 const ANSWER_MAX: Duration = Duration::from_secs(120);
-/// Who may speak to the node: its user and group.
-const SOCKET_MODE: u32 = 0o660;
 /// Pause after the system refused a connection (no descriptors left), so that the refusal is not a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Why there is no socket.
-#[derive(Debug, thiserror::Error)]
-pub enum ListenError {
-    #[error("{op} {}: {source}", path.display())]
-    Io { op: &'static str, path: PathBuf, source: io::Error },
-    #[error("another node answers on {}; stop it first, or choose another --socket", path.display())]
-    Answers { path: PathBuf },
-    #[error("{} exists and is not a socket; remove it, or choose another --socket", path.display())]
-    NotASocket { path: PathBuf },
-}
-
-/// A bound socket; its file goes when this is dropped.
-#[derive(Debug)]
-pub struct Listener {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Listener {
-    /// Bind `path`. A socket file that nobody answers on is what a killed node left, and is replaced.
-    pub fn bind(path: &Path) -> Result<Listener, ListenError> {
-        use std::os::unix::fs::FileTypeExt;
-
-        let failed = |op| move |source| ListenError::Io { op, path: path.to_owned(), source };
-        match fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(ListenError::NotASocket { path: path.to_owned() });
-            }
-            Ok(_) if StdUnixStream::connect(path).is_ok() => {
-                return Err(ListenError::Answers { path: path.to_owned() });
-            }
-            Ok(_) => fs::remove_file(path).map_err(failed("remove the stale socket"))?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed("stat")(error)),
-        }
-        // Bound under a name of its own and renamed in with its mode set, so that nobody connects before that.
-        let new = path.with_extension(format!("{}.new", std::process::id()));
-        drop(fs::remove_file(&new));
-        let listener = UnixListener::bind(&new).map_err(failed("bind"))?;
-        fs::set_permissions(&new, Permissions::from_mode(SOCKET_MODE)).map_err(failed("set the mode of"))?;
-        fs::rename(&new, path).map_err(failed("rename to"))?;
-        Ok(Listener { listener, path: path.to_owned() })
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // Nothing is lost when it stays: the next node replaces it.
-        drop(fs::remove_file(&self.path));
-    }
-}
 
 /// Serve until `stop` is cancelled; then answer what is in work, for `grace` at most.
 pub async fn serve(listener: Listener, context: Context, stop: CancellationToken, grace: Duration) {
@@ -116,7 +51,7 @@ pub async fn serve(listener: Listener, context: Context, stop: CancellationToken
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            accepted = accept(&listener.listener, &permits) => accepted,
+            accepted = accept(&listener, &permits) => accepted,
             Some(_) = connections.join_next() => continue,
             () = stop.cancelled() => break,
         };
@@ -142,11 +77,11 @@ pub async fn serve(listener: Listener, context: Context, stop: CancellationToken
 }
 
 async fn accept(
-    listener: &UnixListener,
+    listener: &Listener,
     permits: &Arc<Semaphore>,
 ) -> io::Result<(UnixStream, tokio::sync::OwnedSemaphorePermit)> {
     let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
+    let stream = listener.accept().await?;
     Ok((stream, permit))
 }
 
@@ -192,6 +127,10 @@ async fn within_limits(State(limits): State<Limits>, request: Request, next: Nex
     let response = match limits.requests.try_acquire() {
         Err(_) => {
             Refusal::new(Code::Busy, "too many requests at once (REQUESTS_MAX); try again").into_response()
+        }
+        // Its bytes come as fast as their sender and the disk allow; the job that takes them has the deadline.
+        Ok(_permit) if (&method, route.as_str()) == (&routes::UPLOAD.0, routes::UPLOAD.1) => {
+            next.run(request).await
         }
         Ok(_permit) => match timeout(ANSWER_MAX, next.run(request)).await {
             Ok(response) => response,

@@ -20,7 +20,8 @@ use super::{
     node::Readiness,
     problem::Code,
     routes::Context,
-    server::{self, BODY_BYTES_MAX, ListenError, Listener},
+    server::{self, BODY_BYTES_MAX},
+    socket::{ListenError, Listener},
     types::{CloneVolume, CreateImage, CreateVolume, ImageState, ResizeVolume},
 };
 use crate::telemetry::Metrics;
@@ -40,7 +41,7 @@ impl Server {
         let node = FakeNode::shared();
         let context = Context { node: node.clone(), metrics: Arc::new(Metrics::default()) };
         let stop = CancellationToken::new();
-        let listener = Listener::bind(&socket).unwrap();
+        let listener = Listener::bind(&socket, None).unwrap();
         let task = tokio::spawn(server::serve(listener, context, stop.clone(), Duration::from_secs(5)));
         Server { dir, node, client: Client::new(socket), stop, task }
     }
@@ -102,6 +103,34 @@ async fn an_image_begins_pending_and_a_refused_delete_names_the_users() {
     let error = server.client.delete_image("a").await.unwrap_err();
     assert!(error.to_string().contains("volume root"), "{error}");
     assert_eq!(refused(error), Code::InUse);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_upload_reaches_the_node_byte_for_byte_and_one_that_nobody_takes_is_answered() {
+    let server = Server::start();
+    let content: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    let (to_send, parts) = tokio::sync::mpsc::channel(1);
+    let sent = content.clone();
+    let sender = tokio::spawn(async move {
+        for part in sent.chunks(100_001) {
+            to_send.send(Ok(hyper::body::Bytes::copy_from_slice(part))).await.unwrap();
+        }
+    });
+    server.client.upload_image("a", parts).await.unwrap();
+    sender.await.unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while *server.node.uploaded.lock().unwrap_or_else(PoisonError::into_inner) != content {
+        assert!(std::time::Instant::now() < deadline, "the node has other bytes");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    // Whoever sends more than a node's buffers hold sees that it hangs up; the small one sees the answer.
+    let (to_send, parts) = tokio::sync::mpsc::channel(1);
+    let open = to_send.clone();
+    drop(to_send);
+    let image = server.client.upload_image(BROKEN, parts).await.unwrap();
+    assert_eq!(image.name, BROKEN);
+    drop(open);
     server.stop().await;
 }
 
@@ -230,7 +259,7 @@ async fn the_socket_is_for_user_and_group_and_a_second_node_is_refused_while_one
     let server = Server::start();
     let socket = server.socket();
     assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
-    assert!(matches!(Listener::bind(&socket), Err(ListenError::Answers { .. })));
+    assert!(matches!(Listener::bind(&socket, None), Err(ListenError::Answers { .. })));
     assert!(server.client.node().await.is_ok());
     server.stop().await;
     assert!(!socket.exists());
@@ -241,10 +270,10 @@ async fn a_stale_socket_is_replaced_and_another_file_is_not() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-    let listener = Listener::bind(&socket).unwrap();
+    let listener = Listener::bind(&socket, None).unwrap();
     drop(listener);
     std::fs::write(&socket, "precious").unwrap();
-    assert!(matches!(Listener::bind(&socket), Err(ListenError::NotASocket { .. })));
+    assert!(matches!(Listener::bind(&socket, None), Err(ListenError::NotASocket { .. })));
     assert_eq!(std::fs::read(&socket).unwrap(), b"precious");
 }
 

@@ -289,7 +289,8 @@ pub struct Job {
 pub struct CreateImage {
     /// Letters, digits, `.`, `_` and `-`; 64 at most; no leading dot.
     pub name: String,
-    /// An absolute path, an `http(s)://` URL, `volume:NAME[@SNAPSHOT]` or `image:NAME`.
+    /// An absolute path, an `http(s)://` URL, `volume:NAME[@SNAPSHOT]`, `image:NAME`, or `upload`: then its
+    /// bytes are sent to `/v1/images/NAME/content`.
     pub source: String,
     /// SHA-512 as 128 hexadecimal digits, or `sha256:` and 64.
     #[serde(default)]

@@ -8,6 +8,7 @@ use super::{
     exit::Failure,
     export::{self, ExportArgs, Origin},
     output::{self, OutputArgs},
+    source, upload,
     wait::{self, TimeoutArgs, WaitArgs},
 };
 use crate::{
@@ -26,7 +27,12 @@ pub enum Verb {
         after_long_help = "The node fetches the image in the background and verifies it as it arrives; --wait \
 waits for the result. A download that breaks off goes on where it was, also after a restart of the node.
 
-SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), or image:NAME.
+SOURCE is a path, an http(s):// URL, volume:NAME[@SNAPSHOT] (a snapshot is taken when none is named), image:NAME, or - \
+for the bytes of stdin. @PATH reads a URL from a file: one with a password on the command line is for everybody on \
+the machine to see.
+
+What comes on stdin is sent to the node, and the result is waited for with or without --wait; blocks of zeros \
+take no space; an upload that breaks off leaves nothing but a failed image that says why, and can be sent again.
 
 An image is refused, or its arrival ends, before the disk has less than 1 GiB free, or 2 % of its size if that is more \
 (but at most a quarter of a small disk), because volumes grow on the same disk. What had come is kept for another try, \
@@ -35,12 +41,15 @@ unless the source never said how much there is.
 Examples:
   bedplate image create debian --from https://example.org/debian.raw --checksum 5bb3a8... --wait
   bedplate image create golden --from volume:build@done --wait --timeout 10m
-  bedplate image create local --from ./disk.raw"
+  bedplate image create local --from ./disk.raw
+  zstdcat disk.raw.zst | bedplate image create piped --from - --checksum 5bb3a8...
+  bedplate image create private --from @/root/private.url"
     )]
     Create {
         /// The image's name: letters, digits, '.', '_' and '-', at most 64, no leading dot
         name: String,
-        /// Where it comes from: PATH, http(s)://URL, volume:NAME[@SNAPSHOT] or image:NAME
+        /// Where it comes from: PATH, http(s)://URL, volume:NAME[@SNAPSHOT], image:NAME, @PATH of a file with a URL, or -
+        /// for stdin
         #[arg(long, value_name = "SOURCE")]
         from: String,
         /// The file's SHA-512 in hexadecimal, or sha256:HEX; any other bytes are refused with exit code 5
@@ -140,15 +149,18 @@ impl Verb {
 pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
     match verb {
         Verb::Create { name, from, checksum, deadline, wait, output } => {
-            let source = absolute_source(&from)?;
+            let from_stdin = from == upload::STDIN;
+            let source = if from_stdin { from } else { absolute_source(&source::read(&from)?)? };
             // Never less than was asked for.
             let deadline_s =
                 deadline.map(|deadline| deadline.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX));
             let request = CreateImage { name, source, checksum, deadline_s };
-            let mut image = client.create_image(&request).await?;
-            if wait.wait {
-                image = wait::image(client, image, wait.timeout).await?;
-            }
+            let image = if from_stdin {
+                upload::create(client, request, wait.timeout).await?
+            } else {
+                let image = client.create_image(&request).await?;
+                if wait.wait { wait::image(client, image, wait.timeout).await? } else { image }
+            };
             output.print(&image, details)
         }
         Verb::List { output } => output.print(&client.images().await?, |images| table(images)),
@@ -166,9 +178,7 @@ pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
 
 /// A path becomes absolute here, because the node has another working directory; everything else is the node's.
 fn absolute_source(from: &str) -> Result<String, Failure> {
-    let scheme = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
-    let is_url = from.split_once("://").is_some_and(|(prefix, _)| !prefix.is_empty() && scheme(prefix));
-    if is_url || from.starts_with("volume:") || from.starts_with("image:") {
+    if source::is_url(from) || from.starts_with("volume:") || from.starts_with("image:") {
         return Ok(from.to_owned());
     }
     let path =
@@ -202,7 +212,8 @@ fn remark(image: &Image) -> String {
     message.or_else(|| copies().find_map(|copy| copy.progress.as_ref()).map(progress)).unwrap_or_default()
 }
 
-fn progress(progress: &Progress) -> String {
+/// How far a job is, for people.
+pub fn progress(progress: &Progress) -> String {
     let phase = output::word(progress.phase);
     if let Some(error) = progress.last_error.as_deref().filter(|_| progress.next_retry_at.is_some()) {
         return format!("attempt {} failed: {}", progress.attempt, output::shortened(error));

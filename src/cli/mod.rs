@@ -9,10 +9,13 @@ mod exit;
 mod export;
 mod image;
 mod inspect;
+mod job;
 mod man;
 mod output;
 mod serve;
 mod snapshot;
+mod source;
+mod upload;
 mod volume;
 mod wait;
 
@@ -62,6 +65,8 @@ enum Noun {
     #[command(subcommand)]
     Snapshot(snapshot::Verb),
     #[command(subcommand)]
+    Job(job::Verb),
+    #[command(subcommand)]
     Inspect(inspect::Verb),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
@@ -80,7 +85,13 @@ pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit
         }
     };
     let what = cli.noun.describe();
-    match run(cli) {
+    // The only noun with exit codes for what it finds.
+    let done = if let Noun::Inspect(verb) = &cli.noun {
+        inspect::run(verb)
+    } else {
+        run(cli).map(|()| ExitCode::SUCCESS)
+    };
+    match done {
         Ok(code) => code,
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
@@ -90,30 +101,33 @@ pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit
     }
 }
 
-fn run(cli: Cli) -> Result<ExitCode, Failure> {
+fn run(cli: Cli) -> Result<(), Failure> {
     match cli.noun {
-        Noun::Serve(args) => return serve::run(args, cli.socket).map(|()| ExitCode::SUCCESS),
-        Noun::Completions(args) => return completions::run(args).map(|()| ExitCode::SUCCESS),
-        Noun::Man(args) => return man::run(&args).map(|()| ExitCode::SUCCESS),
-        Noun::Inspect(verb) => return inspect::run(&verb),
-        Noun::Image(_) | Noun::Volume(_) | Noun::Snapshot(_) | Noun::Doctor(_) => {}
+        Noun::Serve(args) => return serve::run(args, cli.socket),
+        Noun::Completions(args) => return completions::run(args),
+        Noun::Man(args) => return man::run(&args),
+        Noun::Image(_)
+        | Noun::Volume(_)
+        | Noun::Snapshot(_)
+        | Noun::Job(_)
+        | Noun::Doctor(_)
+        | Noun::Inspect(_) => {}
     }
     let client = Client::new(cli.socket.clone().unwrap_or_else(config::default_socket));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| Failure::Io { what: "start".to_owned(), source })?;
-    runtime
-        .block_on(async {
-            match cli.noun {
-                Noun::Image(verb) => image::run(verb, &client).await,
-                Noun::Volume(verb) => volume::run(verb, &client).await,
-                Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
-                Noun::Doctor(args) => doctor::run(args, cli.socket).await,
-                Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
-            }
-        })
-        .map(|()| ExitCode::SUCCESS)
+    runtime.block_on(async {
+        match cli.noun {
+            Noun::Image(verb) => image::run(verb, &client).await,
+            Noun::Volume(verb) => volume::run(verb, &client).await,
+            Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
+            Noun::Job(verb) => job::run(verb, &client).await,
+            Noun::Doctor(args) => doctor::run(args, cli.socket).await,
+            Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
+        }
+    })
 }
 
 impl Noun {
@@ -124,6 +138,7 @@ impl Noun {
             Noun::Image(verb) => verb.describe(),
             Noun::Volume(verb) => verb.describe(),
             Noun::Snapshot(verb) => verb.describe(),
+            Noun::Job(verb) => verb.describe(),
             Noun::Inspect(verb) => verb.describe(),
             Noun::Doctor(_) => "doctor",
             Noun::Completions(_) => "completions",
@@ -169,6 +184,7 @@ mod tests {
     fn every_documented_command_is_understood() {
         for line in [
             "bedplate serve --state /s --disk /a --disk /b --mount /m --socket /k --config /c --check-config",
+            "bedplate image create a --from @/root/url",
             "bedplate image create a --from http://h/a --checksum 00 --wait --timeout 5m",
             "bedplate image list -o json",
             "bedplate image get a",
@@ -191,10 +207,14 @@ mod tests {
             "bedplate snapshot list v",
             "bedplate snapshot revert v s --snapshot-first t",
             "bedplate snapshot delete v s",
+            "bedplate job list -o json",
+            "bedplate job get 7 --wait --timeout 5m",
+            "bedplate job cancel 7",
             "bedplate inspect info f --backing-chain --allow-references /d -o json",
-            "bedplate inspect map f --start-offset 1G --max-length 64k",
-            "bedplate inspect check f",
-            "bedplate inspect compare a b",
+            "bedplate inspect map f --start-offset 1G --max-length 64k --chart",
+            "bedplate inspect check f --data",
+            "bedplate inspect compare a b --strict",
+            "bedplate inspect dump f --l2 0",
             "bedplate inspect convert a - --snapshot s --backing b",
             "bedplate doctor -o json --socket /k",
             "bedplate completions bash",
@@ -214,6 +234,7 @@ mod tests {
             "bedplate volume create v",
             "bedplate volume clone v@ w",
             "bedplate volume resize v 10GB",
+            "bedplate job cancel web1",
             "bedplate volume export v out --format vmdk",
             "bedplate volume list -o yaml",
         ] {

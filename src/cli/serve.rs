@@ -11,7 +11,7 @@ use crate::{config::Settings, daemon, telemetry};
 #[derive(Args, Debug)]
 #[command(
     after_long_help = "Settings come from flags, then from the environment, then from the file, then from \
-defaults. The keys of the file are: state, disks, mount, socket, mount_mode, allow_other, threads, image_jobs, \
+defaults. The keys of the file are: state, disks, mount, socket, socket_group, mount_mode, allow_other, threads, image_jobs, \
 image_deadline, log, log_format, and the table [http], which says how patient downloads are (here with its defaults):
 
   [http]

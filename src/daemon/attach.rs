@@ -1,19 +1,20 @@
 //! Attached volumes: which loop device belongs to which volume, also after a node was killed.
 //!
 //! Owns that table and its record in the state directory. A device is a volume's when its file is the very file of this
-//! mount: the file system's numbers and the inode agree; a path proves nothing, since mounts come and go. A device that
-//! an earlier node of this state directory recorded is dead with that node's mount: it is detached at the start, or, if
-//! somebody still has it mounted, listed as stale.
+//! mount: the file system's numbers and the inode agree; a path proves nothing, since mounts come and go. Nothing here
+//! looks at a file of the mount, which this very process serves: who serves it knows its numbers, and `losetup` looks
+//! in a process of its own. A device that an earlier node of this state directory recorded is dead with that node's
+//! mount: it is detached at the start, or, if somebody still has it mounted, listed as stale.
 
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use nix::sys::stat::{major, minor};
+use bedplate_fuse::FileIdentity;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -24,6 +25,8 @@ use super::{
 use crate::api::problem::{Code, Refusal};
 
 const RECORD: &str = "attached.json";
+/// How long a request waits for another one of the same volume: that makes a few calls of `losetup`.
+const TURN_MAX: Duration = Duration::from_secs(60);
 
 /// A device and the file behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,10 +47,27 @@ impl Attachment {
     }
 }
 
+/// What there is of a volume.
+#[derive(Debug)]
+enum Entry {
+    Attached(Attachment),
+    /// Somebody attaches or detaches it at this moment; what it had before, until that is done.
+    Changing(Option<Attachment>),
+}
+
+impl Entry {
+    fn attachment(&self) -> Option<&Attachment> {
+        match self {
+            Entry::Attached(attachment) | Entry::Changing(Some(attachment)) => Some(attachment),
+            Entry::Changing(None) => None,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Table {
     /// By the volume's uuid.
-    attached: BTreeMap<Uuid, Attachment>,
+    entries: BTreeMap<Uuid, Entry>,
     stale: Vec<PathBuf>,
 }
 
@@ -56,24 +76,54 @@ struct Table {
 pub struct Attachments {
     losetup: Losetup,
     state: StateDir,
-    /// Held through a call of `losetup`, so that two requests for one volume end with one device.
+    /// Never held over a call of `losetup` or a look at a file: whoever lists volumes waits for it.
     table: Mutex<Table>,
+    /// An entry is not [`Entry::Changing`] any more.
+    changed: Condvar,
+    /// One record is written at a time, so that the newest stays.
+    recording: Mutex<()>,
+}
+
+/// The right to change the device of one volume. Dropped, the volume has what `attachment` says.
+struct Turn<'a> {
+    attachments: &'a Attachments,
+    volume: Uuid,
+    attachment: Option<Attachment>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut table = self.attachments.lock();
+        match self.attachment.take() {
+            Some(attachment) => drop(table.entries.insert(self.volume, Entry::Attached(attachment))),
+            None => drop(table.entries.remove(&self.volume)),
+        }
+        drop(table);
+        self.attachments.changed.notify_all();
+    }
 }
 
 impl Attachments {
-    /// Look after what an earlier node left. `mount` is served already.
-    pub fn open(losetup: Losetup, state: StateDir, mount: &Path) -> Attachments {
-        let earlier: BTreeMap<Uuid, Attachment> = state.load(RECORD);
-        let stale = clear_dead(&losetup, earlier.values(), mount);
-        let table = Mutex::new(Table { attached: BTreeMap::new(), stale });
-        let attachments = Attachments { losetup, state, table };
-        attachments.store(&attachments.lock().attached);
-        attachments
+    /// Look after what an earlier node left, as far as `go_on` allows. `mount` is served already, as `file_system`.
+    pub fn open(
+        losetup: Losetup,
+        state: StateDir,
+        mount: &Path,
+        file_system: &str,
+        go_on: impl Fn() -> bool,
+    ) -> Attachments {
+        let mut earlier: BTreeMap<Uuid, Attachment> = state.load(RECORD);
+        let stale = clear_dead(&losetup, &mut earlier, (mount, file_system), go_on);
+        let table = Mutex::new(Table { entries: BTreeMap::new(), stale });
+        let (changed, recording) = (Condvar::new(), Mutex::new(()));
+        // Those that were not looked at are for the next start.
+        record(&state, &earlier);
+        Attachments { losetup, state, table, changed, recording }
     }
 
     /// The device of a volume. Somebody may have taken it away behind our back, which its file in sysfs tells.
     pub fn device(&self, volume: Uuid) -> Option<PathBuf> {
-        let device = self.lock().attached.get(&volume)?.device.clone();
+        let device = self.lock().entries.get(&volume)?.attachment()?.device.clone();
         is_bound(&device).then_some(device)
     }
 
@@ -82,34 +132,35 @@ impl Attachments {
         self.lock().stale.iter().filter(|device| is_bound(device)).cloned().collect()
     }
 
-    /// Give the volume with this file a device, or say which it has.
-    pub fn attach(&self, volume: Uuid, file: &Path) -> Result<PathBuf, Refusal> {
-        let mut table = self.lock();
-        if let Some(known) = table.attached.get(&volume)
+    /// Give the volume with this file a device, or say which it has. Whoever asks while another does waits for it.
+    pub fn attach(&self, volume: Uuid, file: &Path, identity: FileIdentity) -> Result<PathBuf, Refusal> {
+        let mut turn = self.turn(volume)?;
+        if let Some(known) = &turn.attachment
             && self.losetup.look(&known.device)?.is_some_and(|found| known.is(&found))
         {
             return Ok(known.device.clone());
         }
-        let (file_system, inode) = identity(file)?;
-        let of_file = |device| Attachment { device, file_system: file_system.clone(), inode };
-        let known = of_file(PathBuf::new());
+        let FileIdentity { file_system, inode } = identity;
+        let mut attachment = Attachment { device: PathBuf::new(), file_system, inode };
         let mut existing = None;
         for (device, _) in losetup::bound().into_iter().filter(|(_, path)| path == file) {
-            existing = existing.or(self.losetup.look(&device)?.filter(|found| known.has_file_of(found)));
+            existing = existing.or(self.losetup.look(&device)?.filter(|found| attachment.has_file_of(found)));
         }
-        let device = match existing {
+        attachment.device = match existing {
             Some(found) => found.device,
             None => self.losetup.attach(file)?,
         };
-        table.attached.insert(volume, of_file(device.clone()));
-        self.store(&table.attached);
+        let device = attachment.device.clone();
+        turn.attachment = Some(attachment);
+        drop(turn);
+        self.store();
         Ok(device)
     }
 
     /// Take the volume's device away, unless it is in use. Without one there is nothing to do.
     pub fn detach(&self, volume: Uuid, name: &str) -> Result<(), Refusal> {
-        let mut table = self.lock();
-        let Some(attachment) = table.attached.get(&volume).cloned() else { return Ok(()) };
+        let mut turn = self.turn(volume)?;
+        let Some(attachment) = &turn.attachment else { return Ok(()) };
         if self.losetup.look(&attachment.device)?.is_some_and(|found| attachment.is(&found)) {
             let device = &attachment.device;
             let users = users(device);
@@ -127,44 +178,63 @@ impl Attachments {
                 return Err(Refusal::new(Code::InUse, detail));
             }
         }
-        table.attached.remove(&volume);
-        self.store(&table.attached);
+        turn.attachment = None;
+        drop(turn);
+        self.store();
         Ok(())
     }
 
-    /// The volume's size has changed, and the kernel knows that of its file.
-    pub fn follow_size(&self, volume: Uuid) -> Result<(), Refusal> {
+    /// The volume's size has changed, that of its `file` with it.
+    pub fn follow_size(&self, volume: Uuid, file: &Path) -> Result<(), Refusal> {
         match self.device(volume) {
-            Some(device) => self.losetup.follow_size(&device),
+            Some(device) => self.losetup.follow_size(&device, file),
             None => Ok(()),
         }
     }
 
     /// Detach everything that nobody uses; those that are in use come back.
     pub fn shut_down(&self) -> Vec<PathBuf> {
-        let mut table = self.lock();
+        let attached: Vec<(Uuid, PathBuf)> = {
+            let table = self.lock();
+            let attached = table.entries.iter();
+            attached.filter_map(|(uuid, entry)| Some((*uuid, entry.attachment()?.device.clone()))).collect()
+        };
         let mut left = Vec::new();
-        let attached = std::mem::take(&mut table.attached);
-        for (volume, attachment) in attached {
-            if !is_bound(&attachment.device) {
-                continue;
-            }
+        for (volume, device) in attached {
             // In use, the kernel detaches it when its last user goes.
-            let detached = self.losetup.detach(&attachment.device);
-            if detached.is_err() || is_bound(&attachment.device) {
-                left.push(attachment.device.clone());
-                table.attached.insert(volume, attachment);
+            if is_bound(&device) && (self.losetup.detach(&device).is_err() || is_bound(&device)) {
+                left.push(device);
+            } else {
+                self.lock().entries.remove(&volume);
             }
         }
-        self.store(&table.attached);
+        self.store();
         left
     }
 
-    fn store(&self, attached: &BTreeMap<Uuid, Attachment>) {
-        if let Err(error) = self.state.store(RECORD, attached) {
-            // It costs the next start the knowledge of whose the device was.
-            tracing::warn!(%error, "the attached volumes are not recorded");
+    /// Wait until nobody else changes this volume's device.
+    fn turn(&self, volume: Uuid) -> Result<Turn<'_>, Refusal> {
+        let table = self.lock();
+        let is_changing = |table: &mut Table| matches!(table.entries.get(&volume), Some(Entry::Changing(_)));
+        let waited = self.changed.wait_timeout_while(table, TURN_MAX, is_changing);
+        let (mut table, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            let detail = format!("another request has been at this device for {} s", TURN_MAX.as_secs());
+            return Err(Refusal::new(Code::Busy, detail));
         }
+        let attachment = table.entries.get(&volume).and_then(|entry| entry.attachment().cloned());
+        table.entries.insert(volume, Entry::Changing(attachment.clone()));
+        Ok(Turn { attachments: self, volume, attachment })
+    }
+
+    fn store(&self) {
+        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        let attached: BTreeMap<Uuid, Attachment> = {
+            let table = self.lock();
+            let attached = table.entries.iter();
+            attached.filter_map(|(uuid, entry)| Some((*uuid, entry.attachment()?.clone()))).collect()
+        };
+        record(&self.state, &attached);
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -172,11 +242,19 @@ impl Attachments {
     }
 }
 
-/// Detach the devices of an earlier node's mount, and say which are still in use.
-fn clear_dead<'a>(
+fn record(state: &StateDir, attached: &BTreeMap<Uuid, Attachment>) {
+    if let Err(error) = state.store(RECORD, attached) {
+        // It costs the next start the knowledge of whose the device was.
+        tracing::warn!(%error, "the attached volumes are not recorded");
+    }
+}
+
+/// Detach the devices of an earlier node's mount, and say which are still in use. What was looked at leaves `earlier`.
+fn clear_dead(
     losetup: &Losetup,
-    earlier: impl Iterator<Item = &'a Attachment>,
-    mount: &Path,
+    earlier: &mut BTreeMap<Uuid, Attachment>,
+    (mount, file_system): (&Path, &str),
+    go_on: impl Fn() -> bool,
 ) -> Vec<PathBuf> {
     let look = |device: &Path| {
         losetup.look(device).unwrap_or_else(|refusal| {
@@ -185,7 +263,8 @@ fn clear_dead<'a>(
         })
     };
     let mut stale = Vec::new();
-    for attachment in earlier {
+    while go_on() {
+        let Some((_, attachment)) = earlier.pop_first() else { break };
         let device = &attachment.device;
         if !look(device).is_some_and(|found| attachment.is(&found)) {
             continue;
@@ -199,9 +278,9 @@ fn clear_dead<'a>(
         }
     }
     // Others that somebody made over files of an earlier mount are not ours to take away.
-    let current = identity(mount).ok().map(|(file_system, _)| file_system);
     for (device, _) in losetup::bound().into_iter().filter(|(_, file)| file.starts_with(mount)) {
-        if !stale.contains(&device) && look(&device).is_some_and(|found| found.file_system != current) {
+        let is_other = |found: LoopDevice| found.file_system.as_deref() != Some(file_system);
+        if go_on() && !stale.contains(&device) && look(&device).is_some_and(is_other) {
             stale.push(device);
         }
     }
@@ -209,14 +288,6 @@ fn clear_dead<'a>(
         tracing::warn!(device = %device.display(), "a device of a node that is gone is still in use");
     }
     stale
-}
-
-/// What no other file has at the same time.
-fn identity(file: &Path) -> Result<(String, u64), Refusal> {
-    let found = fs::metadata(file)
-        .map_err(|error| Refusal::new(Code::Storage, format!("{}: {error}", file.display())))?;
-    let device = found.dev();
-    Ok((format!("{}:{}", major(device), minor(device)), found.ino()))
 }
 
 /// Where the device or a partition of it is mounted, and what stands on it.

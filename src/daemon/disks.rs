@@ -91,10 +91,10 @@ impl Disks {
         .collect()
     }
 
-    /// Open the volumes of every disk that is locked.
-    pub fn serve(&mut self, bases: &Arc<dyn BaseSource>) {
+    /// Open the volumes of every disk that is locked, as far as `go_on` allows.
+    pub fn serve(&mut self, bases: &Arc<dyn BaseSource>, go_on: impl Fn() -> bool) {
         for slot in &mut self.0 {
-            let Some(held) = &slot.held else { continue };
+            let Some(held) = slot.held.as_ref().filter(|_| go_on()) else { continue };
             slot.state = match held.serve(bases.clone()) {
                 Ok(disk) => State::Ready(disk),
                 Err(error) => {

@@ -11,7 +11,7 @@ use bedplate_engine::{
     error::{Error, Result},
     volume::device::VolumeState,
 };
-use bedplate_fuse::{FileEntry, FileId, Kind, Namespace, OpenFile};
+use bedplate_fuse::{FileEntry, FileId, Kind, ListedFile, Namespace, OpenFile};
 use jiff::Timestamp;
 
 use super::volumes::{Located, Volumes};
@@ -50,10 +50,14 @@ impl Files {
 }
 
 impl Namespace for Files {
-    fn list(&self, kind: Kind) -> Vec<FileEntry> {
+    fn list(&self, kind: Kind) -> Vec<ListedFile> {
+        let listed = |(name, uuid)| ListedFile { name, id: FileId { kind, uuid } };
         match kind {
-            Kind::Image => self.images.list().into_iter().filter_map(image_entry).collect(),
-            Kind::Volume => self.volumes.all().iter().filter_map(volume_entry).collect(),
+            Kind::Image => self.images.served().into_iter().map(listed).collect(),
+            Kind::Volume => {
+                let open = self.volumes.all().into_iter().filter(|located| located.open().is_ok());
+                open.map(|located| listed((located.served, located.uuid))).collect()
+            }
         }
     }
 

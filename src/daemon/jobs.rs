@@ -2,7 +2,9 @@
 //!
 //! Owns the table of running and ended jobs, its bounds, and the threads that they run on. A job is *running* until its
 //! work returns, then *done* or *failed* with the reason, for good; ended ones are kept until [`JOBS_KEPT_MAX`] newer
-//! ones have ended. Every job can be told to stop, which the node does when it goes down. Bringing in images is not
+//! ones have ended. Every job can be told to stop, by a person or by the node when it goes down; one that ends early for
+//! that reason says so, whatever its work made of it. A recovery alone does not listen: what it leaves half done nobody
+//! could use. Bringing in images is not
 //! here: the image service has its own.
 
 use std::{
@@ -62,6 +64,21 @@ impl Control {
         self.meter.advance_to(done.0);
         self.stop.check().is_ok()
     }
+
+    /// Work that was told to stop ends with an error of its own, which does not say that.
+    fn explain(&self, refusal: Refusal) -> Refusal {
+        match self.stop.check() {
+            Ok(()) => refusal,
+            Err(why) => {
+                let why = Refusal::from(why);
+                if why.code == refusal.code {
+                    return refusal;
+                }
+                let detail = format!("{}: {}", why.detail, refusal.detail);
+                Refusal { detail, ..why }
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -106,7 +123,7 @@ impl Place {
             let outcome = catch_unwind(AssertUnwindSafe(|| work(&control))).unwrap_or_else(|_| {
                 Err(Refusal::new(Code::Internal, "the job ended without an answer; see the node's log"))
             });
-            jobs.end(id, outcome);
+            jobs.end(id, outcome.map_err(|refusal| control.explain(refusal)));
         });
         if let Err(error) = spawned {
             self.jobs.end(id, Err(Refusal::new(Code::Busy, format!("no thread for the job: {error}"))));
@@ -193,6 +210,29 @@ impl Jobs {
             }
             table = self.ended.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Tell a job to stop. It has not stopped yet when this returns.
+    pub fn cancel(&self, id: u64) -> Result<(), Refusal> {
+        let table = self.lock();
+        table.show(id)?;
+        let Some(job) = table.jobs.get(&id).filter(|job| job.is_running()) else {
+            return Err(Refusal::new(Code::NotReady, format!("job \"{id}\" has ended already")));
+        };
+        match job.kind {
+            JobKind::VolumeRecover => {
+                let detail =
+                    format!("job \"{id}\" is a recovery, which is not stopped half way; it ends by itself");
+                return Err(Refusal::new(Code::Unsupported, detail));
+            }
+            JobKind::VolumeClone
+            | JobKind::VolumeFlatten
+            | JobKind::VolumeExport
+            | JobKind::ImageExport
+            | JobKind::SnapshotDelete
+            | JobKind::DiskReclaim => job.control.stop.cancel(),
+        }
+        Ok(())
     }
 
     /// Whether a job of this kind runs for this object.
@@ -351,6 +391,36 @@ mod tests {
         assert_eq!(jobs.shut_down(LONG), Vec::<String>::new());
         let refused = jobs.start(JobKind::VolumeExport, "late", |_| Ok(Report::Nothing)).unwrap_err();
         assert_eq!(refused.code, Code::ShuttingDown);
+    }
+
+    #[test]
+    fn a_job_is_cancelled_once_and_a_recovery_and_an_ended_one_are_not() {
+        let jobs = Arc::new(Jobs::default());
+        let (go, wait) = mpsc::channel::<()>();
+        let recovery = jobs.start(JobKind::VolumeRecover, "a", move |_| {
+            wait.recv().ok();
+            Ok(Report::Nothing)
+        });
+        let recovery = recovery.unwrap().id;
+        assert_eq!(jobs.cancel(recovery).unwrap_err().code, Code::Unsupported);
+        drop(go);
+        assert_eq!(jobs.wait(recovery, LONG).unwrap().state, JobState::Done);
+
+        let work = |control: &Control| {
+            while control.go_on(ByteLen(1), ByteLen(2)) {
+                thread::yield_now();
+            }
+            Err(Refusal::new(Code::Invalid, "what was copied is kept"))
+        };
+        let id = jobs.start(JobKind::VolumeFlatten, "a", work).unwrap().id;
+        jobs.cancel(id).unwrap();
+        let error = jobs.wait(id, LONG).unwrap().error.unwrap();
+        assert_eq!(
+            (error.code, error.detail.as_str()),
+            (Code::Cancelled, "cancelled: what was copied is kept")
+        );
+        assert_eq!(jobs.cancel(id).unwrap_err().code, Code::NotReady);
+        assert_eq!(jobs.cancel(99).unwrap_err().code, Code::NotFound);
     }
 
     #[test]

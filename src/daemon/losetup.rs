@@ -90,27 +90,32 @@ impl Losetup {
         self.call(&["--detach", &device.to_string_lossy()]).map(drop)
     }
 
-    /// Have the device take the size that its file has now.
-    pub fn follow_size(&self, device: &Path) -> Result<(), Refusal> {
+    /// Have the device take the size that its `file` has now.
+    pub fn follow_size(&self, device: &Path, file: &Path) -> Result<(), Refusal> {
+        // The kernel learns the file's size by a look at it.
+        self.call_program("stat", &["--dereference", "--format=%s", &file.to_string_lossy()])?;
         self.call(&["--set-capacity", &device.to_string_lossy()]).map(drop)
     }
 
     fn call(&self, arguments: &[&str]) -> Result<String, Refusal> {
-        let refuse =
-            |why: &str| Refusal::new(Code::Storage, format!("{PROGRAM} {}: {why}", arguments.join(" ")));
-        let mut command = Command::new(PROGRAM);
+        self.call_program(PROGRAM, arguments)
+    }
+
+    fn call_program(&self, program: &str, arguments: &[&str]) -> Result<String, Refusal> {
+        let line = || format!("{program} {}", arguments.join(" "));
+        let refuse = |why: &str| Refusal::new(Code::Storage, format!("{}: {why}", line()));
+        let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).kill_on_drop(true).env("LC_ALL", "C");
         let output = self.0.block_on(async { timeout(CALL_MAX, command.output()).await });
         let output = output
             .map_err(|_| {
-                let detail =
-                    format!("{PROGRAM} {} was not done within {} s", arguments.join(" "), CALL_MAX.as_secs());
+                let detail = format!("{} was not done within {} s", line(), CALL_MAX.as_secs());
                 Refusal::new(Code::TimedOut, detail)
             })?
             .map_err(|error| refuse(&format!("{error}; install util-linux")))?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            return Err(refuse(said.trim().trim_start_matches("losetup: ")));
+            return Err(refuse(said.trim().trim_start_matches(&format!("{program}: "))));
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }

@@ -2,7 +2,8 @@
 //!
 //! Owns the order of both. Start: state directory, disk locks, images, volumes, mount, loop devices of a node that is
 //! gone, and only then the socket, so that whoever can connect finds everything. End, on SIGTERM or SIGINT: refuse new
-//! work, answer what is in work, stop jobs, detach, unmount, flush. Each step has a deadline; a second signal aborts.
+//! work, answer what is in work, stop jobs, detach, unmount, flush. A signal during the start ends that after the step
+//! that it is at. Each step has a deadline; a second signal aborts.
 //! The parts are in the files beside this one, each call of the API in `node.rs`.
 
 mod attach;
@@ -34,6 +35,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     runtime::{Builder, Handle, Runtime},
     signal::unix::{Signal, SignalKind, signal},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -53,13 +55,16 @@ use crate::{
     api::{
         problem::{Code, engine_code},
         routes::Context,
-        server::{self, ListenError, Listener},
+        server,
+        socket::{ListenError, Listener},
     },
     config::Config,
     images::{self, Images},
     telemetry::Metrics,
 };
 
+/// How long a start that is given up may take to notice that: the longest step is a call of `losetup`.
+const START_GRACE: Duration = Duration::from_secs(30);
 /// How long requests that are in work may take when the node stops.
 const REQUESTS_GRACE: Duration = Duration::from_secs(10);
 /// How long jobs may take to notice that they are to stop.
@@ -124,14 +129,14 @@ pub fn run(config: Config) -> Result<(), Error> {
 }
 
 async fn serve(config: Config) -> Result<(), Error> {
-    // From here on a signal is not lost: it ends the node once it has started.
     let mut signals = Signals::new()?;
     let began = Instant::now();
-    let (socket, handle) = (config.socket.clone(), Handle::current());
-    let node = tokio::task::spawn_blocking(move || start(&config, handle))
-        .await
-        .map_err(|error| Error::Io { what: "start".to_owned(), source: io::Error::other(error) })??;
-    let listener = match Listener::bind(&socket) {
+    let (socket, group) = (config.socket.clone(), config.socket_group.as_ref().map(|group| group.id));
+    let Some(node) = start_unless_told(config, &mut signals).await? else {
+        tracing::info!("stopped before it was ready");
+        return Ok(());
+    };
+    let listener = match Listener::bind(&socket, group) {
         Ok(listener) => listener,
         Err(error) => {
             // The reason that counts is that there is no socket.
@@ -151,11 +156,7 @@ async fn serve(config: Config) -> Result<(), Error> {
 
     let name = signals.next().await;
     tracing::info!("{name}: stopping; a second signal aborts");
-    tokio::spawn(async move {
-        let name = signals.next().await;
-        tracing::error!("{name} again: aborting; the next start clears up");
-        process::exit(1);
-    });
+    tokio::spawn(async move { abort(signals.next().await) });
     systemd::stopping();
     node.close();
     over.cancel();
@@ -171,8 +172,47 @@ async fn serve(config: Config) -> Result<(), Error> {
     result
 }
 
-/// Everything but the socket.
-fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
+/// Everything but the socket; nothing, when a signal comes first. What has been done by then is undone in order.
+async fn start_unless_told(config: Config, signals: &mut Signals) -> Result<Option<Arc<LocalNode>>, Error> {
+    let given_up = CancellationToken::new();
+    let (seen, runtime) = (given_up.clone(), Handle::current());
+    let mut start = tokio::task::spawn_blocking(move || start(&config, runtime, &seen));
+    let join = |error| Error::Io { what: "start".to_owned(), source: io::Error::other(error) };
+    let name = tokio::select! {
+        started = &mut start => return started.map_err(join)?,
+        name = signals.next() => name,
+    };
+    tracing::info!("{name}: the start is given up; a second signal aborts");
+    given_up.cancel();
+    let started = tokio::select! {
+        started = timeout(START_GRACE, start) => started,
+        name = signals.next() => abort(name),
+    };
+    match started {
+        Ok(started) => match started.map_err(join)?? {
+            None => Ok(None),
+            // It was ready at the same moment.
+            Some(node) => stop(node).await.map(|()| None),
+        },
+        Err(_) => {
+            // No thread can be made to end; nothing has been acknowledged to anybody.
+            tracing::error!("the start did not end within {} s: aborting", START_GRACE.as_secs());
+            process::exit(1);
+        }
+    }
+}
+
+/// As with SIGKILL: the next start clears up.
+fn abort(name: &str) -> ! {
+    tracing::error!("{name} again: aborting; the next start clears up");
+    process::exit(1)
+}
+
+fn start(
+    config: &Config,
+    runtime: Handle,
+    given_up: &CancellationToken,
+) -> Result<Option<Arc<LocalNode>>, Error> {
     let failed = |what: String| move |source| Error::Io { what, source };
     let state = StateDir::open(&config.state).map_err(|source| match source.kind() {
         io::ErrorKind::ResourceBusy => Error::StateHeld(config.state.clone()),
@@ -182,6 +222,9 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
         std::fs::create_dir_all(parent).map_err(failed(format!("create {}", parent.display())))?;
     }
     let mut disks = Disks::take(&config.disks, &state).map_err(Error::Held)?;
+    if given_up.is_cancelled() {
+        return Ok(None);
+    }
     let jobs = Arc::new(Jobs::default());
     let views = Views::new(jobs.clone());
     let (bases, host) = (Arc::new(Bases::default()), Arc::new(Host::default()));
@@ -193,17 +236,23 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
     };
     let images = Images::open(disks.image_dirs(), settings, host.clone(), runtime.clone());
     bases.0.set(images.clone());
-    disks.serve(&(bases as Arc<dyn BaseSource>));
+    disks.serve(&(bases as Arc<dyn BaseSource>), || !given_up.is_cancelled());
     let volumes = Arc::new(Volumes::new(disks.ready(), disks.unserved()));
     host.0.set((volumes.clone(), views.clone()));
 
+    if given_up.is_cancelled() {
+        runtime.block_on(stop_images(&images));
+        return Ok(None);
+    }
     let files = Files::new(volumes.clone(), images.clone(), config.mount.clone());
     let mount = Mount::start(&config.mount, Arc::new(files), mount_options(config))?;
     // The kernel's name for it, without links: devices are known by the paths of their files.
     let mount_dir = mount.dir().to_owned();
-    let attachments = Attachments::open(Losetup::new(runtime.clone()), state, &mount_dir);
+    let losetup = Losetup::new(runtime.clone());
+    let go_on = || !given_up.is_cancelled();
+    let attachments = Attachments::open(losetup, state, &mount_dir, &mount.file_system(), go_on);
     volumes.disks().iter().for_each(|disk| views.tidy(disk));
-    Ok(Arc::new(LocalNode {
+    Ok(Some(Arc::new(LocalNode {
         disks,
         volumes,
         views,
@@ -216,7 +265,7 @@ fn start(config: &Config, runtime: Handle) -> Result<Arc<LocalNode>, Error> {
         closing: AtomicBool::new(false),
         started_at: Timestamp::now(),
         runtime,
-    }))
+    })))
 }
 
 fn mount_options(config: &Config) -> MountOptions {
@@ -252,12 +301,16 @@ fn reopen_in_doubt(node: &Arc<LocalNode>) {
 /// Stop what runs, let go of the mount, and have everything on disk.
 async fn stop(node: Arc<LocalNode>) -> Result<(), Error> {
     node.close();
-    if !node.images.shutdown(JOBS_GRACE).await {
-        tracing::warn!("image jobs did not stop in time; they go on at the next start");
-    }
+    stop_images(&node.images).await;
     let stopped = tokio::task::spawn_blocking(move || stop_blocking(&node)).await;
     stopped
         .unwrap_or_else(|error| Err(Error::Io { what: "stop".to_owned(), source: io::Error::other(error) }))
+}
+
+async fn stop_images(images: &Images) {
+    if !images.shutdown(JOBS_GRACE).await {
+        tracing::warn!("image jobs did not stop in time; they go on at the next start");
+    }
 }
 
 fn stop_blocking(node: &LocalNode) -> Result<(), Error> {

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     api::{
-        node::{Node, Origin, Readiness, Result},
+        node::{Node, Origin, Readiness, Result, UploadParts},
         problem::{Code, Refusal},
         types::{
             self, CloneMethod, CloneVolume, Compression, CreateImage, CreateSnapshot, CreateVolume, Existing,
@@ -66,6 +66,8 @@ impl LocalNode {
     /// Refuse work that changes something from now on.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
+        // They hold their connections for as long as they like, and cannot go on at the next start.
+        self.images.end_uploads();
     }
 
     pub fn mount(&self) -> MutexGuard<'_, Option<Mount>> {
@@ -205,6 +207,24 @@ impl LocalNode {
         }
     }
 
+    /// Refuse at once a volume that is not there; other sources the image service looks at.
+    fn check_source(&self, source: &str) -> Result<()> {
+        let Some(volume) = source.strip_prefix("volume:") else { return Ok(()) };
+        let (name, snapshot) = match volume.split_once('@') {
+            None => (volume, None),
+            Some((name, snapshot)) => (name, Some(snapshot)),
+        };
+        let volume = self.find_open(name)?.open()?;
+        let Some(snapshot) = snapshot else { return Ok(()) };
+        match volume.record().snapshot(snapshot).is_some() {
+            true => Ok(()),
+            false => {
+                let detail = format!("snapshot {snapshot:?} of volume {name:?} not found");
+                Err(Refusal::new(Code::NotFound, detail))
+            }
+        }
+    }
+
     fn view(&self, origin: &Origin) -> Result<Arc<dyn BlockDevice>> {
         match origin {
             Origin::Image(name) => Ok(self.images.open_device(name)?),
@@ -258,6 +278,7 @@ impl Node for LocalNode {
 
     fn create_image(&self, request: CreateImage) -> Result<Image> {
         self.admit()?;
+        self.check_source(&request.source)?;
         let info = self.images.create(&images::CreateImage {
             name: request.name,
             from: request.source,
@@ -266,6 +287,11 @@ impl Node for LocalNode {
             deadline: request.deadline_s.map(Duration::from_secs),
         })?;
         Ok(self.show_image(info))
+    }
+
+    fn upload_image(&self, name: &str) -> Result<UploadParts> {
+        self.admit()?;
+        Ok(self.images.upload(name)?)
     }
 
     fn delete_image(&self, name: &str) -> Result<()> {
@@ -338,9 +364,7 @@ impl Node for LocalNode {
         let info = located.disk.resize(&located.name, ByteLen(request.size_bytes))?;
         self.tell(Change::Content { file: FileId::volume(located.uuid) });
         if self.attachments.device(located.uuid).is_some() {
-            // A look at the file has the kernel learn its size, which the device then takes.
-            drop(std::fs::metadata(self.file(&located)));
-            self.attachments.follow_size(located.uuid)?;
+            self.attachments.follow_size(located.uuid, &self.file(&located))?;
         }
         Ok(self.show_info(&located, info))
     }
@@ -355,6 +379,8 @@ impl Node for LocalNode {
         self.jobs.start(JobKind::VolumeClone, new.clone(), move |control| {
             let _name = volumes.reserve(&new)?;
             let Located { disk, name, .. } = &located;
+            // The image needs no hold: its engine makes a linked clone and deletes its origin one after the other, so
+            // that one of them stands on the image at any moment; a full clone has it open, and then needs it no more.
             let info = match method {
                 CloneMethod::Linked => disk.clone_volume(name, snapshot.as_deref(), &new)?,
                 CloneMethod::Full => disk
@@ -390,7 +416,11 @@ impl Node for LocalNode {
         if let Readiness::NotReady(why) = self.readiness() {
             return Err(Refusal::new(Code::NotReady, format!("volume {name:?} has no file: {why}")));
         }
-        self.attachments.attach(located.uuid, &self.file(&located))?;
+        let identity = self.mount().as_ref().and_then(|mount| mount.identity(FileId::volume(located.uuid)));
+        let identity = identity.ok_or_else(|| {
+            Refusal::new(Code::Busy, format!("volume {name:?} has no file: too many files have been served"))
+        })?;
+        self.attachments.attach(located.uuid, &self.file(&located), identity)?;
         self.show(&located)
     }
 
@@ -480,6 +510,10 @@ impl Node for LocalNode {
 
     fn job(&self, id: u64) -> Result<Job> {
         self.jobs.get(id)
+    }
+
+    fn cancel_job(&self, id: u64) -> Result<()> {
+        self.jobs.cancel(id)
     }
 
     fn wait_job(&self, id: u64, patience: Duration) -> Result<types::Job> {

@@ -43,12 +43,17 @@ impl From<Error> for Refusal {
 
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Refusal {
-        let code = match &failure {
+        let mut reason = &failure;
+        while let Failure::Upload(inner) = reason {
+            reason = inner;
+        }
+        let code = match reason {
             Failure::Checksum { .. } => Code::ChecksumMismatch,
             Failure::Corrupt(_) => Code::Corrupt,
             Failure::NoSpace { .. } | Failure::NoSpaceForUnknown { .. } => Code::NoSpace,
             Failure::Unsupported(_) => Code::Unsupported,
-            Failure::Source(_) => Code::Source,
+            // An upload's own reason is inside.
+            Failure::Source(_) | Failure::Upload(_) => Code::Source,
             Failure::TimedOut(_) => Code::TimedOut,
             Failure::Cancelled => Code::Cancelled,
             Failure::Stopped => Code::ShuttingDown,
@@ -106,6 +111,7 @@ mod tests {
             (no_end, Code::NoSpace),
             (Failure::Unsupported(text()), Code::Unsupported),
             (Failure::Source(text()), Code::Source),
+            (Failure::TimedOut(text()).of_upload(), Code::TimedOut),
             (Failure::TimedOut(text()), Code::TimedOut),
             (Failure::Cancelled, Code::Cancelled),
             (Failure::Stopped, Code::ShuttingDown),

@@ -17,7 +17,10 @@ use super::{
     jobs::{Control, Jobs, Report},
     volumes::Located,
 };
-use crate::api::{problem::Refusal, types::JobKind};
+use crate::api::{
+    problem::{Code, Refusal},
+    types::JobKind,
+};
 
 /// Opens views, and tidies up after them.
 #[derive(Debug)]
@@ -55,7 +58,13 @@ impl Views {
 /// The work of merging, in a job.
 pub fn reclaim(disk: &Disk, control: &Control) -> super::jobs::Outcome {
     disk.reclaim(|| control.stop.check().is_ok()).map_err(Refusal::from)?;
-    Ok(Report::Nothing)
+    match control.stop.check() {
+        Err(_) if disk.has_unnamed_layers() => Err(Refusal::new(
+            Code::Storage,
+            "what is left is merged after the next export or deletion, or start",
+        )),
+        Ok(()) | Err(_) => Ok(Report::Nothing),
+    }
 }
 
 /// Fields are dropped in their order: the view first, then what it kept from being merged is.

@@ -57,7 +57,8 @@ impl Default for Settings {
 #[derive(Clone, Debug)]
 pub struct CreateImage {
     pub name: String,
-    /// An absolute path, an http(s) URL, `volume:NAME[@SNAPSHOT]` or `image:NAME`.
+    /// An absolute path, an http(s) URL, `volume:NAME[@SNAPSHOT]`, `image:NAME`, or `upload` for
+    /// [`super::Images::upload`].
     pub from: String,
     /// SHA-512 as 128 hexadecimal digits (also `sha512:HEX`), or `sha256:HEX`.
     pub checksum: Option<String>,

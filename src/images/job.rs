@@ -66,10 +66,15 @@ impl Service {
             job
         };
         let service = self.clone();
+        // An upload's sender is here now; how many there are is bounded by UPLOADS_MAX.
+        let turns = (!matches!(work, Work::Arrival(Origin::Upload(_)))).then(|| self.turns.clone());
         self.runtime.spawn(async move {
-            let turn = tokio::select! {
-                turn = service.turns.clone().acquire_owned() => turn.ok(),
-                () = job.stop.fired() => None,
+            let turn = match turns {
+                Some(turns) => tokio::select! {
+                    turn = turns.acquire_owned() => turn.ok(),
+                    () = job.stop.fired() => None,
+                },
+                None => None,
             };
             let (worker, its_job) = (service.clone(), job.clone());
             let work = tokio::task::spawn_blocking(move || {
@@ -152,6 +157,11 @@ impl Service {
                 arrive(&spec, &mut DeviceSource::new(view))
             }
             Origin::Image(name) => self.fetch_image(spec, &name),
+            Origin::Upload(Some(mut source)) => arrive(&spec, &mut source).map_err(Failure::of_upload),
+            Origin::Upload(None) => {
+                Err(Failure::Source("the node was restarted before the upload was whole".to_owned())
+                    .of_upload())
+            }
         }
     }
 
@@ -231,6 +241,7 @@ impl Service {
             image.record = record;
             image.doubt = doubt;
             image.job = None;
+            image.upload = None;
             image.verification = verification;
         }
         drop(table);
@@ -263,7 +274,11 @@ fn verification(record: &ImageRecord, dir: &ImageDir, job: &Job) -> Result<Publi
 }
 
 fn failure_record(failure: &Failure) -> FailureRecord {
-    let code = match failure {
+    FailureRecord { code: failure_code(failure), message: failure.to_string() }
+}
+
+fn failure_code(failure: &Failure) -> FailureCode {
+    match failure {
         Failure::Checksum { .. } => FailureCode::Checksum,
         Failure::Corrupt(_) | Failure::Storage(Storage::Corrupt { .. }) => FailureCode::Corrupt,
         Failure::NoSpace { .. }
@@ -275,6 +290,6 @@ fn failure_record(failure: &Failure) -> FailureRecord {
         Failure::TimedOut(_) => FailureCode::TimedOut,
         Failure::Cancelled => FailureCode::Cancelled,
         Failure::Storage(_) => FailureCode::Storage,
-    };
-    FailureRecord { code, message: failure.to_string() }
+        Failure::Upload(reason) => failure_code(reason),
+    }
 }

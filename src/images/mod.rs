@@ -31,7 +31,11 @@ use crate::{
         record::{ImageRecord, RecordState},
         store::ImageStore,
     },
-    prep::{checksum::Expected, partial::Kept},
+    prep::{
+        checksum::Expected,
+        partial::Kept,
+        source::upload::{Parts, UploadSource},
+    },
 };
 pub use crate::{
     catalog::{
@@ -51,7 +55,7 @@ use origin::From as Origin;
 pub use remove::ImageHold;
 use service::Service;
 use table::{Described, Entry, Image, JobKind};
-pub use table::{IMAGES_MAX, JOBS_MAX};
+pub use table::{IMAGES_MAX, JOBS_MAX, UPLOADS_MAX};
 
 /// The service; cheap to clone. Methods that are not `async` block for a few small disk operations, and those that wait
 /// for a job to end, say so: call them where blocking is allowed.
@@ -72,7 +76,7 @@ impl Images {
         let name = ImageName::parse(&request.name).map_err(bad_name)?;
         let expected =
             request.checksum.as_deref().map(Expected::parse).transpose().map_err(Error::Invalid)?;
-        let origin = Origin::parse(&request.from).map_err(Error::Invalid)?;
+        let mut origin = Origin::parse(&request.from).map_err(Error::Invalid)?;
         self.check_origin(&origin)?;
         let service = &self.0;
         let _naming = service.naming.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,16 +104,45 @@ impl Images {
         };
         let uuid = record.uuid;
         let name = record.name.to_string();
-        let image = Image::new(record, dir, store);
+        let mut image = Image::new(record, dir, store);
+        if let Origin::Upload(source) = &mut origin {
+            let (parts, queue) = UploadSource::new(service.runtime.clone());
+            (image.upload, *source) = (Some(parts), Some(queue));
+        }
         service.lock().entries.insert(name.clone(), Entry::Image(Box::new(image)));
         service.start(uuid, Work::Arrival(origin));
         self.get(&name)
+    }
+
+    /// Where the bytes of an image go that was created to be uploaded. There is one sender, once.
+    pub fn upload(&self, name: &str) -> Result<Parts> {
+        let mut table = self.0.lock();
+        let (name, image) = table.image_mut(name)?;
+        let state = "not waiting for an upload; create it with the source \"upload\" first".to_owned();
+        image.upload.take().ok_or(Error::NotReady { name, state })
+    }
+
+    /// End all uploads: the node goes down, and they cannot go on later.
+    pub fn end_uploads(&self) {
+        self.0.lock().uploads().for_each(|job| job.stop.stop());
     }
 
     pub fn list(&self) -> Vec<ImageInfo> {
         let described: Vec<Described> =
             self.0.lock().entries.iter().map(|(name, entry)| Described::new(name, entry)).collect();
         described.into_iter().map(Described::complete).collect()
+    }
+
+    /// Names and uuids of those that are ready, without a look at any disk.
+    pub fn served(&self) -> Vec<(String, Uuid)> {
+        let table = self.0.lock();
+        let named = table.entries.iter().filter_map(|(name, entry)| match entry {
+            Entry::Image(image) => {
+                (image.state() == ImageState::Ready).then(|| (name.clone(), image.record.uuid))
+            }
+            Entry::Unreadable { .. } => None,
+        });
+        named.collect()
     }
 
     /// By name or uuid.
@@ -239,7 +272,10 @@ impl Images {
                 let (name, image) = table.image(name)?;
                 image.ready(name).map(|_| ())
             }
-            Origin::Http(_) | Origin::Volume { .. } => Ok(()),
+            Origin::Upload(_) if self.0.lock().uploads().count() >= UPLOADS_MAX => {
+                Err(Error::Busy("UPLOADS_MAX"))
+            }
+            Origin::Upload(_) | Origin::Http(_) | Origin::Volume { .. } => Ok(()),
         }
     }
 

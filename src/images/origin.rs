@@ -2,15 +2,25 @@
 
 use std::path::PathBuf;
 
-use crate::{catalog::name::ImageName, prep::source::http::Origin};
+use crate::{
+    catalog::name::ImageName,
+    prep::source::{http::Origin, upload::UploadSource},
+};
+
+/// The source of images that somebody sends.
+pub(super) const UPLOAD: &str = "upload";
 
 /// A source, parsed.
-#[derive(Clone)]
 pub(super) enum From {
     Path(PathBuf),
     Http(Origin),
-    Volume { name: String, snapshot: Option<String> },
+    Volume {
+        name: String,
+        snapshot: Option<String>,
+    },
     Image(String),
+    /// The bytes that somebody sends; `None` once that can no longer be, as the node was restarted.
+    Upload(Option<UploadSource>),
 }
 
 impl From {
@@ -32,6 +42,9 @@ impl From {
             }
             return Ok(From::Volume { name: name.to_owned(), snapshot });
         }
+        if text == UPLOAD {
+            return Ok(From::Upload(None));
+        }
         if text.starts_with('/') {
             return Ok(From::Path(PathBuf::from(text)));
         }
@@ -39,7 +52,7 @@ impl From {
             return Origin::parse(text).map(From::Http);
         }
         Err(format!(
-            "{text:?} is no source: an absolute path, an http(s) URL, volume:NAME[@SNAPSHOT] or image:NAME is"
+            "{text:?} is no source: an absolute path, an http(s) URL, volume:NAME[@SNAPSHOT], image:NAME or upload is"
         ))
     }
 
@@ -51,6 +64,7 @@ impl From {
             From::Volume { name, snapshot: None } => format!("volume:{name}"),
             From::Volume { name, snapshot: Some(snapshot) } => format!("volume:{name}@{snapshot}"),
             From::Image(name) => format!("image:{name}"),
+            From::Upload(_) => UPLOAD.to_owned(),
         }
     }
 }
@@ -66,6 +80,7 @@ mod tests {
             ("http://u:p@host/x?y=1", "http://host/x?y=1"),
             ("volume:web", "volume:web"),
             ("volume:web@monday", "volume:web@monday"),
+            ("upload", "upload"),
             ("image:debian~0123abcd", "image:debian~0123abcd"),
         ] {
             let from = From::parse(text).unwrap_or_else(|e| panic!("{e}"));

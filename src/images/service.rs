@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::{
     info::{Error, Host, Result, Settings},
     job::{NAMES, Work},
-    origin::From as Origin,
+    origin::{From as Origin, UPLOAD},
     table::{Entry, Image, Table},
 };
 use crate::{
@@ -109,6 +109,7 @@ impl Service {
                     }
                     clear(&name, &dir);
                 }
+                RecordState::Failed { published: None, .. } if record.source == UPLOAD => clear(&name, &dir),
                 RecordState::Failed { failure, .. } => match failure.code {
                     FailureCode::Checksum
                     | FailureCode::Corrupt

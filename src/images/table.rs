@@ -7,19 +7,24 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use uuid::Uuid;
 
-use super::info::{CopyInfo, Error, ImageInfo, ImageState, Result, Verification};
+use super::{
+    info::{CopyInfo, Error, ImageInfo, ImageState, Result, Verification},
+    origin::UPLOAD,
+};
 use crate::{
     catalog::{
         record::{ImageRecord, Published, RecordState},
         store::{ImageDir, ImageStore},
     },
-    prep::{progress::Meter, stop::Stop},
+    prep::{progress::Meter, source::upload::Parts, stop::Stop},
 };
 
 /// Images of a node.
 pub const IMAGES_MAX: usize = 4096;
 /// Jobs of a node, running and waiting.
 pub const JOBS_MAX: usize = 256;
+/// Uploads at once. They do not wait for a turn, as their senders are there.
+pub const UPLOADS_MAX: usize = 8;
 
 #[derive(Debug, Default)]
 pub(super) struct Table {
@@ -49,6 +54,8 @@ pub(super) struct Image {
     /// Why a *ready* image is not served for now.
     pub doubt: Option<String>,
     pub job: Option<Job>,
+    /// Where its bytes go, until somebody comes to send them.
+    pub upload: Option<Parts>,
     /// How its last verification ended; forgotten when another begins.
     pub verification: Option<Verification>,
     /// Somebody deletes it at this moment.
@@ -125,6 +132,11 @@ impl Table {
         self.images().filter(|image| image.job.is_some()).count()
     }
 
+    /// Images that are being sent, or wait for that.
+    pub fn uploads(&self) -> impl Iterator<Item = &Job> {
+        self.images().filter(|image| image.record.source == UPLOAD).filter_map(|image| image.job.as_ref())
+    }
+
     /// Put in what was found on a disk. A name that another disk brought already gets its uuid behind it.
     pub fn insert(&mut self, name: &str, uuid8: &str, entry: Entry) {
         let served = if self.entries.contains_key(name) {
@@ -149,8 +161,8 @@ impl Table {
 impl Image {
     /// One that nothing happens to yet.
     pub fn new(record: ImageRecord, dir: ImageDir, store: ImageStore) -> Image {
-        let (doubt, job, verification) = (None, None, None);
-        Image { record, dir, store, doubt, job, verification, deleting: false, holds: Vec::new() }
+        let (doubt, job, upload, verification) = (None, None, None, None);
+        Image { record, dir, store, doubt, job, upload, verification, deleting: false, holds: Vec::new() }
     }
 
     pub fn state(&self) -> ImageState {

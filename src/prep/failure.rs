@@ -35,6 +35,9 @@ pub enum Failure {
     /// A bound in time has passed.
     #[error("timed out: {0}")]
     TimedOut(String),
+    /// An upload ended before its last byte was durable. Nobody can be asked for the rest.
+    #[error("{0}; nothing of an upload is kept, send it again")]
+    Upload(Box<Failure>),
     /// Somebody cancelled the job.
     #[error("cancelled")]
     Cancelled,
@@ -47,6 +50,11 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// The same for an upload, of which nothing is kept.
+    pub fn of_upload(self) -> Failure {
+        if self.keeps_partial() { Failure::Upload(Box::new(self)) } else { self }
+    }
+
     /// Whether what has arrived is worth keeping for another try: not when it is known to be wrong or unwanted.
     pub fn keeps_partial(&self) -> bool {
         match self {
@@ -55,6 +63,7 @@ impl Failure {
             | Failure::Corrupt(_)
             | Failure::NoSpaceForUnknown { .. }
             | Failure::Unsupported(_)
+            | Failure::Upload(_)
             | Failure::Cancelled => false,
             Failure::NoSpace { .. }
             | Failure::Source(_)

@@ -67,7 +67,8 @@ impl Node {
         });
     }
 
-    fn spawn(&mut self) {
+    /// Start it, and do not wait.
+    pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "it runs already");
         let log = File::options().create(true).append(true).open(self.dir.path().join("log")).unwrap();
         let mut words = vec!["setpriv".to_owned(), "--pdeathsig".to_owned(), "KILL".to_owned()];
@@ -108,9 +109,19 @@ impl Node {
 
     /// Tell it to stop, and wait for that.
     pub fn stop(&mut self, signal: Signal) -> ExitStatus {
-        let pid = self.pid();
+        kill(self.pid(), signal).unwrap();
+        self.wait_end()
+    }
+
+    /// Tell it to stop while it may not answer yet; not for one in a wrapper that does not become it.
+    pub fn signal(&self, signal: Signal) {
+        let process = self.process.as_ref().expect("it runs");
+        kill(Pid::from_raw(i32::try_from(process.id()).unwrap()), signal).unwrap();
+    }
+
+    /// Wait until it has ended by itself.
+    pub fn wait_end(&mut self) -> ExitStatus {
         let mut process = self.process.take().expect("it runs");
-        kill(pid, signal).unwrap();
         let mut status = None;
         until("the node stops", || {
             status = process.try_wait().unwrap();

@@ -19,7 +19,7 @@ use bedplate_engine::{
     error::{Error, Result},
     units::{BLOCK_BYTES, BLOCK_SIZE, ByteLen, ByteRange, to_usize},
 };
-use bedplate_fuse::{FileEntry, FileId, Kind, Namespace, OpenFile};
+use bedplate_fuse::{FileEntry, FileId, Kind, ListedFile, Namespace, OpenFile};
 
 /// How long a request that is held back waits at most.
 const HOLD_MAX: Duration = Duration::from_secs(20);
@@ -406,8 +406,10 @@ impl MemoryFile {
 }
 
 impl Namespace for MemoryNamespace {
-    fn list(&self, kind: Kind) -> Vec<FileEntry> {
-        self.files().iter().filter(|(id, _)| id.kind == kind).map(|(id, file)| file.entry(*id)).collect()
+    fn list(&self, kind: Kind) -> Vec<ListedFile> {
+        let files = self.files();
+        let of_kind = files.iter().filter(|(id, _)| id.kind == kind);
+        of_kind.map(|(id, file)| ListedFile { name: file.name.clone(), id: *id }).collect()
     }
 
     fn lookup(&self, kind: Kind, name: &str) -> Option<FileEntry> {

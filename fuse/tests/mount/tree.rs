@@ -151,3 +151,14 @@ fn a_name_that_is_given_to_another_volume_gets_another_number() {
     assert_eq!(content.len(), 8192);
     assert_ne!(fs::metadata(fixture.volume_path()).unwrap().ino(), before);
 }
+
+#[test]
+fn a_mount_knows_what_stat_says_of_its_files_without_asking() {
+    let fixture = Fixture::new();
+    let identity = fixture.mount().identity(VOLUME).unwrap();
+    let found = fs::metadata(fixture.volume_path()).unwrap();
+    assert_eq!(identity.inode, found.ino());
+    let (major, minor) = (libc::major(found.dev()), libc::minor(found.dev()));
+    assert_eq!(identity.file_system, format!("{major}:{minor}"));
+    assert_eq!(fixture.mount().file_system(), identity.file_system);
+}

@@ -7,6 +7,7 @@
 pub mod device;
 pub mod file;
 pub mod http;
+pub mod upload;
 
 use serde::{Deserialize, Serialize};
 
