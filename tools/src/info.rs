@@ -25,7 +25,6 @@ use crate::{
     html::{self, Mapped},
     layer::{FileLayer, open_file},
     longhorn::{self, ReplicaInfo},
-    map,
     print::{self, Output, PageOutput},
     qcow2_info::{self, Qcow2Info, SnapshotInfo},
     source::{self, Chain, FileArgs, FormatName, OpenArgs},
@@ -207,9 +206,8 @@ fn page(args: &InfoArgs, infos: &[Info]) -> Result<u8> {
     let title = args.file.display().to_string();
     let page = match source::open(&args.file, &open) {
         Ok(stack) => {
-            let len = stack.size();
-            let runs = map::runs(&stack, ByteRange::new(0, len))?;
-            html::page(&title, infos, Some(&Mapped { stack: &stack, runs: &runs, start: 0, len }))
+            let mapped = Mapped::of(&stack, ByteRange::new(0, stack.size()))?;
+            html::page(&title, infos, Some(&mapped))
         }
         // Why is among what is shown: whatever stops the map is damage or not supported.
         Err(_) => html::page(&title, infos, None),
