@@ -63,6 +63,7 @@ struct Report {
     format: &'static str,
     check_errors: u64,
     image_end_offset: u64,
+    #[serde(skip_serializing_if = "is_none")]
     total_clusters: u64,
     #[serde(skip_serializing_if = "is_none")]
     allocated_clusters: u64,
