@@ -33,6 +33,18 @@ fn sigterm_and_sigint_flush_unmount_and_exit_with_0() {
 }
 
 #[test]
+fn the_socket_is_given_to_the_group_that_is_named_and_an_unknown_one_is_refused() {
+    let mut node = Node::idle();
+    node.wrap(&["env", "BEDPLATE_SOCKET_GROUP=daemon"]);
+    node.restart();
+    let socket = node.path("socket").display().to_string();
+    assert_eq!(node.sh(&format!("stat --format='%U %G %a' {socket}")).trim(), "root daemon 660");
+    let said = node.refused("serve --socket-group no-such-group --check-config", 1);
+    assert!(said.contains("socket_group = \"no-such-group\": no such group"), "{said}");
+    assert!(node.run("serve --socket-group daemon --check-config").contains("socket_group = \"daemon\""));
+}
+
+#[test]
 fn a_signal_during_a_long_start_ends_it_in_order() {
     let mut node = Node::start();
     node.run("volume create v --size 16M");

@@ -287,7 +287,7 @@ fn json_has_exactly_the_fields_that_are_promised() {
     let image = node.json("image get base");
     let promised = "name uuid state format size_bytes virtual_size_bytes allocated_bytes sha512 source copies created_at";
     assert_eq!(keys(&image), sorted(promised));
-    assert_eq!(keys(&image["copies"][0]), sorted("disk state progress message code"));
+    assert_eq!(keys(&image["copies"][0]), sorted("disk state progress message code verification"));
     assert_eq!((&image["state"], &image["format"]), (&"ready".into(), &"raw".into()));
     assert_eq!(image["virtual_size_bytes"], IMAGE_SIZE);
     assert_eq!(node.json("image list").as_array().unwrap(), &[image]);

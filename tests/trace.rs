@@ -1,5 +1,5 @@
-//! The order of syncs, as the kernel sees it: between the arrival of a FLUSH or of a FUA write and its answer, the
-//! layer's data is synced and after that its map.
+//! What the node asks of the kernel, as the kernel sees it: between the arrival of a FLUSH or of a FUA write and its
+//! answer, the layer's data is synced and after that its map; and a listing of the mount opens no file.
 //!
 //! The node runs under `strace`, one trace for each thread, with the times of each call. A request and its answer are
 //! found by the number that the FUSE protocol gives them, in the first bytes read from and written to /dev/fuse.
@@ -139,4 +139,26 @@ fn a_write_with_o_dsync_is_answered_after_the_sync_of_the_data_and_then_of_the_m
     drop(file);
     assert!(node.stop(Signal::SIGTERM).success());
     assert_eq!(check(&calls(&node), FUSE_WRITE), 10);
+}
+
+#[test]
+fn a_directory_is_listed_and_the_file_system_asked_for_its_size_without_a_look_at_any_disk() {
+    const TIMES: usize = 100;
+    let mut node = Node::start();
+    fs::write(node.scratch("base.raw"), pattern(1 << 20, 1)).unwrap();
+    node.run("image create base --from base.raw --wait");
+    node.run("volume create v --image base");
+    assert!(node.stop(Signal::SIGTERM).success());
+    let trace = node.path("opened").display().to_string();
+    node.wrap(&["strace", "-f", "-qq", "-y", "-e", "trace=open,openat,openat2", "-o", &trace]);
+    node.restart();
+    let listed = node.sh(&format!("for i in $(seq {TIMES}); do command ls -U $I $V; stat -f $V; done"));
+    assert_eq!(listed.lines().filter(|line| *line == "base").count(), TIMES);
+    assert!(node.stop(Signal::SIGTERM).success());
+    let opened = fs::read_to_string(trace).unwrap();
+    let of_disk =
+        |line: &&str| line.contains("/image\"") || line.contains("\"image\"") || line.contains("/data\"");
+    let count = opened.lines().filter(of_disk).count();
+    // At the start and at the end they are opened, and that is seen.
+    assert!((1..TIMES).contains(&count), "{count} openings:\n{opened}");
 }

@@ -129,6 +129,13 @@ impl Error {
         }
     }
 
+    /// A read of bytes that changed after the last commit before a fault: the medium may hold something older.
+    pub fn uncertain(range: ByteRange, fault: Option<Arc<str>>) -> Error {
+        let fault = fault.unwrap_or_else(|| "unknown".into());
+        let reason = format!("they changed after the last flush before a fault ({fault})");
+        Error::Lost { start: range.start.0, len: range.len.0, reason: reason.into() }
+    }
+
     /// Whether the cause is that a file or directory is not there.
     pub fn is_not_found(&self) -> bool {
         match self {

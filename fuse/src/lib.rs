@@ -33,6 +33,6 @@ mod warm;
 pub use error::{MountError, Result};
 pub use handles::IoPath;
 pub use invalidate::Change;
-pub use mount::{Ended, FileIdentity, Mount, Stopped};
+pub use mount::{Ended, FileIdentity, Mount, Stopped, serve_io, try_io_flusher};
 pub use namespace::{FileEntry, FileId, Kind, ListedFile, Namespace, OpenFile};
 pub use options::{Mode, MountOptions, Sharing, THREADS_MAX};

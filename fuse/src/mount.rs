@@ -312,6 +312,25 @@ impl End {
     }
 }
 
+/// Whether this process may have threads that the kernel does not make wait for their own writes: the state that a
+/// mount's threads take where they may. Leaves the calling thread as a new one is.
+pub fn try_io_flusher() -> io::Result<()> {
+    rustix::process::configure_io_flusher_behavior(true)?;
+    Ok(rustix::process::configure_io_flusher_behavior(false)?)
+}
+
+/// Mark the calling thread as one that serves I/O. A host short of memory writes dirty pages through us; the kernel must
+/// not make us wait for that in turn. For threads of the engine too, on which requests wait.
+pub fn serve_io() {
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::warn!(
+            %error,
+            "serving without the IO_FLUSHER state, which needs CAP_SYS_RESOURCE: a memory limit that this process \
+             shares with the mount's users may then stop both"
+        );
+    }
+}
+
 /// What runs on the transport's own thread.
 struct Transport {
     device: OwnedFd,
@@ -322,15 +341,8 @@ struct Transport {
 
 impl Transport {
     fn run(self, ready: &SyncSender<io::Result<Notifier>>) {
-        // Threads inherit it: `fuser` makes its serving threads from this one. A host short of memory writes dirty
-        // pages through us; the kernel must not make us wait for that in turn.
-        if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-            tracing::warn!(
-                %error,
-                "serving without the IO_FLUSHER state, which needs CAP_SYS_RESOURCE: a memory limit that this process \
-                 shares with the mount's users may then stop both"
-            );
-        }
+        // Threads inherit it: `fuser` makes its serving threads from this one.
+        serve_io();
         let mut config = Config::default();
         config.clone_fd = true;
         config.n_threads = Some(self.served.options.threads.get());

@@ -83,6 +83,7 @@ pub fn image(name: &str) -> Image {
         uuid: Some(Uuid::nil()),
         state: ImageState::Ready,
         format: Some(Format::Raw),
+        internal_snapshot: None,
         size_bytes: Some(513),
         virtual_size_bytes: Some(1024),
         allocated_bytes: 4096,

@@ -165,7 +165,6 @@ impl Code {
     pub const fn exit_code(self) -> u8 {
         match self {
             Code::Invalid
-            | Code::Unsupported
             | Code::NoSuchRoute
             | Code::TooLarge
             | Code::ReadOnly
@@ -178,7 +177,8 @@ impl Code {
             | Code::Internal => 1,
             Code::NotFound => 3,
             Code::Exists | Code::InUse | Code::NotReady | Code::Busy => 4,
-            Code::ChecksumMismatch | Code::Corrupt => 5,
+            // Bytes that are not what they should be, or of a kind that is not served.
+            Code::ChecksumMismatch | Code::Corrupt | Code::Unsupported => 5,
             Code::TimedOut => 6,
         }
     }
@@ -277,7 +277,7 @@ mod tests {
     fn every_code_has_the_status_and_exit_code_of_the_documented_table() {
         let table = [
             (Code::Invalid, 400, 1),
-            (Code::Unsupported, 422, 1),
+            (Code::Unsupported, 422, 5),
             (Code::NotFound, 404, 3),
             (Code::NoSuchRoute, 404, 1),
             (Code::TooLarge, 413, 1),

@@ -98,6 +98,7 @@ async fn an_image_begins_pending_and_a_refused_delete_names_the_users() {
         source: "http://h/a".to_owned(),
         checksum: None,
         deadline_s: None,
+        internal_snapshot: None,
     };
     assert_eq!(server.client.create_image(&request).await.unwrap().state, ImageState::Pending);
     let error = server.client.delete_image("a").await.unwrap_err();
@@ -131,6 +132,21 @@ async fn an_upload_reaches_the_node_byte_for_byte_and_one_that_nobody_takes_is_a
     let image = server.client.upload_image(BROKEN, parts).await.unwrap();
     assert_eq!(image.name, BROKEN);
     drop(open);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_route_that_takes_as_long_as_its_body_is_the_one_of_uploads() {
+    let server = Server::start();
+    let answer = server.get("/openapi.json").await;
+    let document: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let (method, path) = super::routes::UPLOAD;
+    let operation = &document["paths"][path][method.as_str().to_lowercase()];
+    assert!(operation["requestBody"]["content"]["application/octet-stream"].is_object(), "{operation}");
+    // As the server itself calls it when it counts the request.
+    let (_, parts) = tokio::sync::mpsc::channel(1);
+    server.client.upload_image("a", parts).await.unwrap();
+    assert!(server.get("/metrics").await.contains(path), "{path}");
     server.stop().await;
 }
 

@@ -132,6 +132,9 @@ pub struct Image {
     pub uuid: Option<Uuid>,
     pub state: ImageState,
     pub format: Option<Format>,
+    /// Which internal snapshot of a qcow2 file is its content, where it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub internal_snapshot: Option<String>,
     /// Length of the file.
     pub size_bytes: Option<u64>,
     /// Size of the disk that it is an image of.
@@ -298,6 +301,9 @@ pub struct CreateImage {
     /// The longest that it may take.
     #[serde(default)]
     pub deadline_s: Option<u64>,
+    /// The internal snapshot of a qcow2 file that is to be the image's content, by id or name.
+    #[serde(default)]
+    pub internal_snapshot: Option<String>,
 }
 
 /// Make a volume.

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use bedplate_engine::{
     error::{Corruption, Error, Result},
-    units::{ByteOffset, SECTOR_SIZE, VOLUME_SIZE_MAX},
+    image::{Format, device::sectors, qcow2::View},
+    units::{ByteLen, ByteOffset, SECTOR_SIZE, VOLUME_SIZE_MAX},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -20,29 +21,6 @@ use super::name::ImageName;
 pub const RECORD_FORMAT_VERSION: u32 = 1;
 /// Largest image file.
 pub const IMAGE_SIZE_MAX: u64 = VOLUME_SIZE_MAX;
-
-/// What the bytes of an image file are, told by magic at import and never again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    Raw,
-}
-
-impl Format {
-    /// The word in records, the API and on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Format::Raw => "raw",
-        }
-    }
-
-    /// The size that a volume over a file of this many bytes sees at least: whole sectors.
-    pub fn virtual_size_bytes(self, size_bytes: u64) -> u64 {
-        match self {
-            Format::Raw => size_bytes.next_multiple_of(SECTOR_SIZE),
-        }
-    }
-}
 
 /// What identifies the verified bytes from outside: when one of these differs, the file is verified again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +34,8 @@ pub struct Stamp {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
     pub format: Format,
+    /// Bytes of the device over it: whole sectors.
+    pub virtual_size_bytes: u64,
     pub sha512: String,
     pub stamp: Stamp,
 }
@@ -106,6 +86,8 @@ pub struct ImageRecord {
     pub expected: Option<String>,
     /// The longest that the job may take, in seconds, if one was given.
     pub deadline_s: Option<u64>,
+    /// The internal snapshot of a qcow2 file that is its content, by id or name.
+    pub internal_snapshot: Option<String>,
     pub state: RecordState,
 }
 
@@ -123,6 +105,8 @@ struct RecordFile {
     expected_checksum: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     deadline_s: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    internal_snapshot: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format: Option<Format>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -165,6 +149,11 @@ impl ImageRecord {
         }
     }
 
+    /// Which content of its file it is.
+    pub fn view(&self) -> View {
+        self.internal_snapshot.clone().map_or(View::Active, View::Snapshot)
+    }
+
     /// The name of the image's directory.
     pub fn directory_name(&self) -> String {
         let id = self.uuid.simple().to_string();
@@ -188,9 +177,10 @@ impl ImageRecord {
             source: self.source.clone(),
             expected_checksum: self.expected.clone(),
             deadline_s: self.deadline_s,
+            internal_snapshot: self.internal_snapshot.clone(),
             format: published.map(|p| p.format),
             size_bytes: published.map(|p| p.stamp.size_bytes),
-            virtual_size_bytes: published.map(|p| p.format.virtual_size_bytes(p.stamp.size_bytes)),
+            virtual_size_bytes: published.map(|p| p.virtual_size_bytes),
             sha512: published.map(|p| p.sha512.clone()),
             mtime_ns: published.map(|p| p.stamp.mtime_ns),
             inode: published.map(|p| p.stamp.inode),
@@ -228,7 +218,13 @@ impl RecordFile {
                 if size_bytes == 0 || size_bytes > IMAGE_SIZE_MAX {
                     return Err(format!("impossible size_bytes {size_bytes}"));
                 }
-                if virtual_size != format.virtual_size_bytes(size_bytes) {
+                let fits = match format {
+                    Format::Raw => virtual_size == sectors(ByteLen(size_bytes)).0,
+                    Format::Qcow2 => {
+                        virtual_size.is_multiple_of(SECTOR_SIZE) && virtual_size <= VOLUME_SIZE_MAX
+                    }
+                };
+                if !fits || virtual_size == 0 {
                     return Err(format!(
                         "virtual_size_bytes {virtual_size} does not fit size_bytes {size_bytes}"
                     ));
@@ -241,7 +237,8 @@ impl RecordFile {
                 let (Some(mtime_ns), Some(inode)) = (self.mtime_ns, self.inode) else {
                     return Err("mtime_ns and inode are missing".to_owned());
                 };
-                Some(Published { format, sha512, stamp: Stamp { size_bytes, mtime_ns, inode } })
+                let stamp = Stamp { size_bytes, mtime_ns, inode };
+                Some(Published { format, virtual_size_bytes: virtual_size, sha512, stamp })
             }
             (None, None, None, None) => None,
             _ => return Err("format, size_bytes, virtual_size_bytes and sha512 belong together".to_owned()),
@@ -265,6 +262,7 @@ impl RecordFile {
             source: self.source,
             expected: self.expected_checksum,
             deadline_s: self.deadline_s,
+            internal_snapshot: self.internal_snapshot,
             state,
         })
     }
@@ -282,8 +280,10 @@ mod tests {
             source: "https://example.org/debian.raw".to_owned(),
             expected: None,
             deadline_s: Some(60),
+            internal_snapshot: Some("1".to_owned()),
             state: RecordState::Ready(Published {
-                format: Format::Raw,
+                format: Format::Qcow2,
+                virtual_size_bytes: 1 << 20,
                 sha512: "ab".repeat(64),
                 stamp: Stamp { size_bytes: 1000, mtime_ns: 1, inode: 2 },
             }),
@@ -346,7 +346,9 @@ mod tests {
         for (from, to) in [
             ("\"ready\"", "\"pending\""),
             ("\"ready\"", "\"failed\""),
-            ("\"size_bytes\": 1000", "\"size_bytes\": 2000"),
+            ("\"size_bytes\": 1000", "\"size_bytes\": 0"),
+            ("\"virtual_size_bytes\": 1048576", "\"virtual_size_bytes\": 1048577"),
+            ("\"qcow2\"", "\"raw\""),
             ("\"inode\": 2", "\"node\": 2"),
             ("\"sha512\": \"abab", "\"sha512\": \"ABAB"),
             ("\"debian\"", "\"../debian\""),

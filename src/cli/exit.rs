@@ -17,7 +17,7 @@ pub const EXIT_CODES: &str = "Exit codes:
   2  usage: the command line makes no sense
   3  not found
   4  conflict: in use, exists already, not ready, held
-  5  checksum mismatch or corruption
+  5  checksum mismatch, corruption, or bytes of a kind that is not served
   6  timed out";
 
 /// Why a command failed.

@@ -55,6 +55,9 @@ Examples:
         /// The file's SHA-512 in hexadecimal, or sha256:HEX; any other bytes are refused with exit code 5
         #[arg(long, value_name = "HEX")]
         checksum: Option<String>,
+        /// Take this internal snapshot of a qcow2 file, by id or name, instead of what was written last
+        #[arg(long, value_name = "ID")]
+        snapshot: Option<String>,
         /// The longest that it may take (90s, 10m, 2h); then it has failed, whether or not somebody waits
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         deadline: Option<Duration>,
@@ -148,13 +151,13 @@ impl Verb {
 
 pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
     match verb {
-        Verb::Create { name, from, checksum, deadline, wait, output } => {
+        Verb::Create { name, from, checksum, snapshot, deadline, wait, output } => {
             let from_stdin = from == upload::STDIN;
             let source = if from_stdin { from } else { absolute_source(&source::read(&from)?)? };
             // Never less than was asked for.
             let deadline_s =
                 deadline.map(|deadline| deadline.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX));
-            let request = CreateImage { name, source, checksum, deadline_s };
+            let request = CreateImage { name, source, checksum, deadline_s, internal_snapshot: snapshot };
             let image = if from_stdin {
                 upload::create(client, request, wait.timeout).await?
             } else {

@@ -85,13 +85,7 @@ pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit
         }
     };
     let what = cli.noun.describe();
-    // The only noun with exit codes for what it finds.
-    let done = if let Noun::Inspect(verb) = &cli.noun {
-        inspect::run(verb)
-    } else {
-        run(cli).map(|()| ExitCode::SUCCESS)
-    };
-    match done {
+    match run(cli) {
         Ok(code) => code,
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
@@ -101,33 +95,31 @@ pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit
     }
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
     match cli.noun {
-        Noun::Serve(args) => return serve::run(args, cli.socket),
-        Noun::Completions(args) => return completions::run(args),
-        Noun::Man(args) => return man::run(&args),
-        Noun::Image(_)
-        | Noun::Volume(_)
-        | Noun::Snapshot(_)
-        | Noun::Job(_)
-        | Noun::Doctor(_)
-        | Noun::Inspect(_) => {}
+        Noun::Serve(args) => return serve::run(args, cli.socket).map(|()| ExitCode::SUCCESS),
+        Noun::Completions(args) => return completions::run(args).map(|()| ExitCode::SUCCESS),
+        Noun::Man(args) => return man::run(&args).map(|()| ExitCode::SUCCESS),
+        Noun::Inspect(verb) => return inspect::run(&verb),
+        Noun::Image(_) | Noun::Volume(_) | Noun::Snapshot(_) | Noun::Job(_) | Noun::Doctor(_) => {}
     }
     let client = Client::new(cli.socket.clone().unwrap_or_else(config::default_socket));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| Failure::Io { what: "start".to_owned(), source })?;
-    runtime.block_on(async {
-        match cli.noun {
-            Noun::Image(verb) => image::run(verb, &client).await,
-            Noun::Volume(verb) => volume::run(verb, &client).await,
-            Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
-            Noun::Job(verb) => job::run(verb, &client).await,
-            Noun::Doctor(args) => doctor::run(args, cli.socket).await,
-            Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
-        }
-    })
+    runtime
+        .block_on(async {
+            match cli.noun {
+                Noun::Image(verb) => image::run(verb, &client).await,
+                Noun::Volume(verb) => volume::run(verb, &client).await,
+                Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
+                Noun::Job(verb) => job::run(verb, &client).await,
+                Noun::Doctor(args) => doctor::run(args, cli.socket).await,
+                Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
+            }
+        })
+        .map(|()| ExitCode::SUCCESS)
 }
 
 impl Noun {

@@ -13,14 +13,13 @@ use std::{
 use bedplate_engine::{
     device::BlockDevice,
     error::{Error, Result},
-    image::{BaseImage, BaseSource, raw::RawImage},
-    units::ByteLen,
+    image::{BaseImage, BaseSource},
     volume::record::ImageRef,
 };
 use uuid::Uuid;
 
 use super::{view::Views, volumes::Volumes};
-use crate::images::{self, Format, Images};
+use crate::images::{self, Images};
 
 /// How long the start of a node may keep an image job waiting.
 const LINK_MAX: Duration = Duration::from_secs(600);
@@ -60,20 +59,18 @@ pub struct Bases(pub Link<Images>);
 impl BaseSource for Bases {
     fn open_base(&self, image: &ImageRef) -> Result<Arc<dyn BaseImage>> {
         let images = self.0.wait(LINK_MAX).ok_or(Error::Closed)?;
-        let base = images.base_path(image.uuid).map_err(|error| match error {
+        let (base, sha512) = images.open_base(image.uuid).map_err(|error| match error {
             images::Error::NotFound(_) => Error::NotFound { kind: "image", name: image.name.clone() },
             images::Error::Storage(error) => error,
             error => Error::Invalid(error.to_string()),
         })?;
-        if base.sha512 != image.sha512 {
+        if sha512 != image.sha512 {
             return Err(Error::Invalid(format!(
                 "image {:?} is not the one that the volume stands on",
                 image.name
             )));
         }
-        match base.format {
-            Format::Raw => Ok(Arc::new(RawImage::open(&base.path, ByteLen(base.size_bytes))?)),
-        }
+        Ok(base)
     }
 }
 

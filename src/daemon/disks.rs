@@ -178,7 +178,7 @@ fn take(path: &Path, known: Option<Uuid>) -> Result<Held, Error> {
         (false, None) => fs::create_dir_all(path).map_err(|e: io::Error| Error::io("create", path, e))?,
         (true, _) => {}
     }
-    let held = Held::take(path)?;
+    let held = Held::take(path)?.on_thread_start(bedplate_fuse::serve_io);
     if let Some(known) = known.filter(|known| *known != held.id()) {
         tracing::warn!(disk = %path.display(), was = %known, is = %held.id(), "another disk than last time");
     }

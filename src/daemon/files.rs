@@ -34,8 +34,7 @@ impl Files {
         let hold = self.images.hold(&name, "an open file of the mount").map_err(image_error)?;
         let device = self.images.open_device(&name).map_err(image_error)?;
         // The kernel may read the file itself where that is the same, byte for byte and in length.
-        let (raw, len) = self.images.raw_file(file.uuid).map_err(image_error)?;
-        let passthrough = (len == device.geometry().size.0).then(|| Arc::new(raw));
+        let passthrough = self.images.file_of_content(file.uuid).map_err(image_error)?.map(Arc::new);
         Ok(OpenFile { device, passthrough, hold: Box::new(hold) })
     }
 

@@ -223,7 +223,7 @@ impl Jobs {
             JobKind::VolumeRecover => {
                 let detail =
                     format!("job \"{id}\" is a recovery, which is not stopped half way; it ends by itself");
-                return Err(Refusal::new(Code::Unsupported, detail));
+                return Err(Refusal::new(Code::Invalid, detail));
             }
             JobKind::VolumeClone
             | JobKind::VolumeFlatten
@@ -402,7 +402,7 @@ mod tests {
             Ok(Report::Nothing)
         });
         let recovery = recovery.unwrap().id;
-        assert_eq!(jobs.cancel(recovery).unwrap_err().code, Code::Unsupported);
+        assert_eq!(jobs.cancel(recovery).unwrap_err().code, Code::Invalid);
         drop(go);
         assert_eq!(jobs.wait(recovery, LONG).unwrap().state, JobState::Done);
 

@@ -56,7 +56,9 @@ pub fn image(info: images::ImageInfo, disk_path: impl Fn(uuid::Uuid) -> String) 
         state: image_state(&info.state),
         format: info.format.map(|format| match format {
             images::Format::Raw => types::Format::Raw,
+            images::Format::Qcow2 => types::Format::Qcow2,
         }),
+        internal_snapshot: info.internal_snapshot,
         size_bytes: info.size_bytes,
         virtual_size_bytes: info.virtual_size_bytes,
         allocated_bytes: info.allocated_bytes,

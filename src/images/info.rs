@@ -5,15 +5,12 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use bedplate_engine::{device::BlockDevice, error::Error as Storage};
+use bedplate_engine::{device::BlockDevice, error::Error as Storage, image::Format};
 use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::{
-    catalog::{
-        name::NameError,
-        record::{FailureRecord, Format},
-    },
+    catalog::{name::NameError, record::FailureRecord},
     prep::{progress::Progress, source::http::HttpSettings},
 };
 
@@ -65,6 +62,8 @@ pub struct CreateImage {
     /// The disk to put it on; the one with the most free space when none is given.
     pub disk: Option<Uuid>,
     pub deadline: Option<Duration>,
+    /// The internal snapshot of a qcow2 file that is to be its content, by id or name.
+    pub internal_snapshot: Option<String>,
 }
 
 /// How an image, or a copy of it, is.
@@ -110,6 +109,8 @@ pub struct ImageInfo {
     pub uuid: Option<Uuid>,
     pub state: ImageState,
     pub format: Option<Format>,
+    /// Which internal snapshot of the file is its content.
+    pub internal_snapshot: Option<String>,
     pub size_bytes: Option<u64>,
     pub virtual_size_bytes: Option<u64>,
     pub allocated_bytes: u64,
@@ -118,15 +119,6 @@ pub struct ImageInfo {
     pub source: String,
     pub copies: Vec<CopyInfo>,
     pub created_at: Option<Timestamp>,
-}
-
-/// Where the engine opens the file of a ready image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BasePath {
-    pub path: PathBuf,
-    pub size_bytes: u64,
-    pub format: Format,
-    pub sha512: String,
 }
 
 /// Why a call on the service did not do what it should. The exit codes of the command line are beside them.

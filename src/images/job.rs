@@ -4,20 +4,28 @@
 //! name, the record says *ready*; and what a failure leaves behind. A job ends by [`Service::ended`], whatever happens
 //! in it. Upholds the service's part of invariants 5 and 9.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use bedplate_engine::error::Error as Storage;
+use bedplate_engine::{
+    error::Error as Storage,
+    image::{
+        BaseImage, Format,
+        device::sectors,
+        qcow2::{Qcow2Image, View},
+    },
+    units::ByteLen,
+};
 use uuid::Uuid;
 
 use super::{
     info::{Error, Verification},
     origin::From as Origin,
-    service::Service,
+    service::{Ready, Service},
     table::{Job, JobKind},
 };
 use crate::{
     catalog::{
-        record::{FailureCode, FailureRecord, Format, IMAGE_SIZE_MAX, ImageRecord, Published, RecordState},
+        record::{FailureCode, FailureRecord, IMAGE_SIZE_MAX, ImageRecord, Published, RecordState},
         store::{IMAGE, ImageDir, PARTIAL_DATA, PARTIAL_RECORD, stamp},
     },
     directory::Open,
@@ -27,9 +35,8 @@ use crate::{
         clone::{Original, clone},
         failure::{Failure, Result},
         partial::PartialNames,
-        probe::Content,
         progress::{Meter, Phase},
-        source::{device::DeviceSource, file::FileSource, http::HttpSource},
+        source::{device::DeviceSource, file::FileSource, http::HttpSource, upload::LostUpload},
         stop::Stop,
         verify::verify,
     },
@@ -120,6 +127,9 @@ impl Service {
         let spec = Spec {
             dir: dir.directory().clone(),
             names: NAMES,
+            source: record.source.clone(),
+            // A guest may have written any header into its disk.
+            format: matches!(origin, Origin::Volume { .. }).then_some(Format::Raw),
             expected,
             size_max: IMAGE_SIZE_MAX,
             sync_bytes: self.settings.sync_bytes,
@@ -127,7 +137,8 @@ impl Service {
             meter: job.meter.clone(),
             stop: job.stop.clone(),
         };
-        let arrived = self.fetch(spec, origin)?;
+        let arrived = self.fetch(spec, origin, &mut record)?;
+        let virtual_size_bytes = virtual_size(&arrived, &record)?;
         job.meter.enter(Phase::Publishing);
         job.stop.check()?;
         let stamp = dir.publish_file(&arrived.file)?;
@@ -135,17 +146,15 @@ impl Service {
             let (is, was) = (stamp.size_bytes, arrived.size_bytes);
             return Err(Failure::Corrupt(format!("the file has {is} bytes after {was} had arrived")));
         }
-        let format = match arrived.content {
-            Content::Raw => Format::Raw,
-        };
-        let published = Published { format, sha512: arrived.sums.sha512, stamp };
+        let Arrived { format, sums, .. } = arrived;
+        let published = Published { format, virtual_size_bytes, sha512: sums.sha512, stamp };
         record.state = RecordState::Ready(published.clone());
         self.record(&record, dir)?;
         dir.discard_partial()?;
         Ok(published)
     }
 
-    fn fetch(self: &Arc<Self>, spec: Spec, origin: Origin) -> Result<Arrived> {
+    fn fetch(self: &Arc<Self>, spec: Spec, origin: Origin, record: &mut ImageRecord) -> Result<Arrived> {
         match origin {
             Origin::Path(path) => arrive(&spec, &mut FileSource::new(&path)),
             Origin::Http(origin) => {
@@ -156,28 +165,32 @@ impl Service {
                 let view = self.host.volume_view(&name, snapshot.as_deref()).map_err(Failure::Source)?;
                 arrive(&spec, &mut DeviceSource::new(view))
             }
-            Origin::Image(name) => self.fetch_image(spec, &name),
+            Origin::Image(name) => self.fetch_image(spec, &name, record),
             Origin::Upload(Some(mut source)) => arrive(&spec, &mut source).map_err(Failure::of_upload),
-            Origin::Upload(None) => {
-                Err(Failure::Source("the node was restarted before the upload was whole".to_owned())
-                    .of_upload())
-            }
+            Origin::Upload(None) => arrive(&spec, &mut LostUpload).map_err(Failure::of_upload),
         }
     }
 
     /// A clone: whatever the user expects of it, it must also be what its original was.
-    fn fetch_image(self: &Arc<Self>, mut spec: Spec, name: &str) -> Result<Arrived> {
+    fn fetch_image(
+        self: &Arc<Self>,
+        mut spec: Spec,
+        name: &str,
+        record: &mut ImageRecord,
+    ) -> Result<Arrived> {
         let source = |e: Error| Failure::Source(e.to_string());
-        let (file, published, path) = self.open_ready(name).map_err(source)?;
+        let Ready { file, path, published, view } = self.open_ready(name).map_err(source)?;
+        if let (View::Snapshot(snapshot), None) = (view, &record.internal_snapshot) {
+            record.internal_snapshot = Some(snapshot);
+        }
         let theirs = Expected::Sha512(published.sha512.clone());
         if let Some(Expected::Sha512(wanted)) = spec.expected.as_ref().filter(|wanted| **wanted != theirs) {
             return Err(Failure::Checksum { expected: wanted.clone(), actual: published.sha512 });
         }
         let asked = spec.expected.get_or_insert_with(|| theirs.clone()).clone();
-        let content = match published.format {
-            Format::Raw => Content::Raw,
-        };
-        let original = Original { file, path, size_bytes: published.stamp.size_bytes, content };
+        spec.format = Some(published.format);
+        let (size_bytes, format) = (published.stamp.size_bytes, published.format);
+        let original = Original { file, path, size_bytes, format };
         match clone(&spec, original) {
             Ok(arrived) if arrived.sums.sha512 == published.sha512 => return Ok(arrived),
             Ok(_) => {}
@@ -249,6 +262,33 @@ impl Service {
     }
 }
 
+/// The size of the device over what has arrived; refuses what could not be served.
+fn virtual_size(arrived: &Arrived, record: &ImageRecord) -> Result<u64> {
+    let view = record.view();
+    let len = match (arrived.format, &view) {
+        (Format::Raw, View::Active) => ByteLen(arrived.size_bytes),
+        (Format::Raw, View::Snapshot(name)) => {
+            let what =
+                format!("internal snapshot {name:?}: only qcow2 files have them, and this is a raw one");
+            return Err(Failure::Unsupported(what));
+        }
+        (Format::Qcow2, _) => {
+            let path = Path::new(&record.source);
+            let file = arrived.file.try_clone().map_err(|e| Storage::io("open", path, e))?;
+            let image = Qcow2Image::open(file, path, &view).map_err(|error| match error {
+                error @ Storage::NotFound { .. } => Failure::Unsupported(error.to_string()),
+                error => error.into(),
+            })?;
+            image.verify_tables()?;
+            image.len()
+        }
+    };
+    match sectors(len) {
+        ByteLen(0) => Err(Failure::Unsupported("the image is empty (its virtual size is 0)".to_owned())),
+        ByteLen(size) => Ok(size),
+    }
+}
+
 /// Read a published file back from the medium.
 fn verification(record: &ImageRecord, dir: &ImageDir, job: &Job) -> Result<Published> {
     let Some(published) = record.published().cloned() else {
@@ -284,7 +324,7 @@ fn failure_code(failure: &Failure) -> FailureCode {
         Failure::NoSpace { .. }
         | Failure::NoSpaceForUnknown { .. }
         | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
-        Failure::Unsupported(_) => FailureCode::Unsupported,
+        Failure::Unsupported(_) | Failure::Storage(Storage::Unsupported { .. }) => FailureCode::Unsupported,
         // A stopped job is not recorded as failed.
         Failure::Source(_) | Failure::Stopped => FailureCode::Source,
         Failure::TimedOut(_) => FailureCode::TimedOut,

@@ -19,14 +19,17 @@ use std::{
     time::Duration,
 };
 
-use bedplate_engine::{device::BlockDevice, error::Error as Storage};
+use bedplate_engine::{
+    device::BlockDevice,
+    error::Error as Storage,
+    image::{BaseImage, device::ImageDevice},
+};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, time::Instant};
 use uuid::Uuid;
 
 use crate::{
     catalog::{
-        device::RawImage,
         name::ImageName,
         record::{ImageRecord, RecordState},
         store::ImageStore,
@@ -39,7 +42,7 @@ use crate::{
 };
 pub use crate::{
     catalog::{
-        record::{FailureCode, FailureRecord, Format},
+        record::{FailureCode, FailureRecord},
         store::DiskDir,
     },
     prep::{
@@ -47,13 +50,12 @@ pub use crate::{
         source::http::HttpSettings,
     },
 };
-pub use info::{
-    BasePath, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification,
-};
+pub use bedplate_engine::image::Format;
+pub use info::{CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification};
 use job::{NAMES, Work};
 use origin::From as Origin;
-pub use remove::ImageHold;
-use service::Service;
+pub use remove::{ImageHold, RELEASE_WITHIN};
+use service::{Ready, Service};
 use table::{Described, Entry, Image, JobKind};
 pub use table::{IMAGES_MAX, JOBS_MAX, UPLOADS_MAX};
 
@@ -88,6 +90,7 @@ impl Images {
             source: origin.for_record(),
             expected: expected.as_ref().map(Expected::to_string),
             deadline_s: request.deadline.map(|deadline| deadline.as_secs().max(1)),
+            internal_snapshot: request.internal_snapshot.clone(),
             state: RecordState::Pending,
         };
         let (dir, store) = match failed {
@@ -218,25 +221,24 @@ impl Images {
 
     /// A read-only device over a ready image, by name or uuid. It reads on even if the image is deleted.
     pub fn open_device(&self, name: &str) -> Result<Arc<dyn BlockDevice>> {
-        let (file, published, path) = self.0.open_ready(name)?;
-        match published.format {
-            Format::Raw => Ok(Arc::new(RawImage::new(file, path, &published))),
-        }
+        let (base, _) = self.0.open_base(name)?;
+        Ok(Arc::new(ImageDevice::new(base)))
     }
 
-    /// The file of a ready raw image and its length, for passthrough.
-    pub fn raw_file(&self, uuid: Uuid) -> Result<(File, u64)> {
-        let (file, published, _) = self.0.open_ready(&uuid.to_string())?;
-        match published.format {
-            Format::Raw => Ok((file, published.stamp.size_bytes)),
-        }
+    /// The file of a ready image whose content is, byte for byte, what the device over it gives; for passthrough.
+    pub fn file_of_content(&self, uuid: Uuid) -> Result<Option<File>> {
+        let Ready { file, published, .. } = self.0.open_ready(&uuid.to_string())?;
+        let is_content = match published.format {
+            Format::Raw => published.stamp.size_bytes == published.virtual_size_bytes,
+            Format::Qcow2 => false,
+        };
+        Ok(is_content.then_some(file))
     }
 
-    /// Where the engine opens a ready image.
-    pub fn base_path(&self, uuid: Uuid) -> Result<BasePath> {
-        let (_, published, path) = self.0.open_ready(&uuid.to_string())?;
-        let (format, sha512) = (published.format, published.sha512);
-        Ok(BasePath { path, size_bytes: published.stamp.size_bytes, format, sha512 })
+    /// The content of a ready image, for volumes to stand on, and the SHA-512 of its file.
+    pub fn open_base(&self, uuid: Uuid) -> Result<(Arc<dyn BaseImage>, String)> {
+        let (base, published) = self.0.open_base(&uuid.to_string())?;
+        Ok((base, published.sha512))
     }
 
     /// Stop all jobs, keeping what has arrived; they go on at the next open. Whether all had ended by the deadline.

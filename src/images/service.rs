@@ -10,6 +10,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use bedplate_engine::image::{self, BaseImage, qcow2::View};
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
@@ -153,17 +154,17 @@ impl Service {
     }
 
     /// Open the file of a ready image, if it is as it was verified. If not, it is verified again.
-    pub fn open_ready(self: &Arc<Self>, name: &str) -> Result<(File, Published, PathBuf)> {
-        let (name, published, dir) = {
+    pub fn open_ready(self: &Arc<Self>, name: &str) -> Result<Ready> {
+        let (name, published, view, dir) = {
             let table = self.lock();
             let (name, image) = table.image(name)?;
-            (name.to_owned(), image.ready(name)?.clone(), image.dir.clone())
+            (name.to_owned(), image.ready(name)?.clone(), image.record.view(), image.dir.clone())
         };
         let path = dir.image_path();
         let reason = match dir.open_image(Open::Read) {
             Ok(file) => {
                 if stamp(&file, &path)? == published.stamp {
-                    return Ok((file, published, path));
+                    return Ok(Ready { file, path, published, view });
                 }
                 CHANGED.to_owned()
             }
@@ -172,6 +173,29 @@ impl Service {
         };
         self.doubt(&name, &reason);
         Err(Error::NotReady { name, state: format!("unknown ({reason})") })
+    }
+
+    /// The content of a ready image. Whoever has it open shares it: its tables and decoded clusters are in memory once.
+    pub fn open_base(self: &Arc<Self>, name: &str) -> Result<(Arc<dyn BaseImage>, Published)> {
+        let Ready { file, path, published, view } = self.open_ready(name)?;
+        let shared = |table: &Table| {
+            let (_, image) = table.image(name).ok()?;
+            let (stamp, base) = image.base.as_ref()?;
+            base.upgrade().filter(|_| *stamp == published.stamp)
+        };
+        if let Some(base) = shared(&self.lock()) {
+            return Ok((base, published));
+        }
+        let base = image::open(file, &path, published.format, &view)?;
+        let mut table = self.lock();
+        // Somebody may have been faster.
+        if let Some(base) = shared(&table) {
+            return Ok((base, published));
+        }
+        if let Ok((_, image)) = table.image_mut(name) {
+            image.base = Some((published.stamp, Arc::downgrade(&base)));
+        }
+        Ok((base, published))
     }
 
     /// Do not serve a ready image until it has been verified again, which begins now.
@@ -202,6 +226,14 @@ impl Service {
             tracing::error!(image = %record.name, %error, "a failure is not recorded");
         }
     }
+}
+
+/// The file of a ready image.
+pub struct Ready {
+    pub file: File,
+    pub path: PathBuf,
+    pub published: Published,
+    pub view: View,
 }
 
 const CHANGED: &str = "its file's size, time or inode is not what it was";

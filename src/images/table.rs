@@ -3,8 +3,13 @@
 //! Owns [`Table`] (behind one short lock, never held over a disk operation or a wait) and how an entry looks from
 //! outside. The records on disk are the truth; this follows them. Does not start or end jobs.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Weak},
+};
 
+use bedplate_engine::image::BaseImage;
 use uuid::Uuid;
 
 use super::{
@@ -13,7 +18,7 @@ use super::{
 };
 use crate::{
     catalog::{
-        record::{ImageRecord, Published, RecordState},
+        record::{ImageRecord, Published, RecordState, Stamp},
         store::{ImageDir, ImageStore},
     },
     prep::{progress::Meter, source::upload::Parts, stop::Stop},
@@ -58,6 +63,8 @@ pub(super) struct Image {
     pub upload: Option<Parts>,
     /// How its last verification ended; forgotten when another begins.
     pub verification: Option<Verification>,
+    /// Its content, while somebody has it open, and the file that it was opened from.
+    pub base: Option<(Stamp, Weak<dyn BaseImage>)>,
     /// Somebody deletes it at this moment.
     pub deleting: bool,
     /// Who keeps it from being deleted, apart from volumes on disk.
@@ -162,7 +169,18 @@ impl Image {
     /// One that nothing happens to yet.
     pub fn new(record: ImageRecord, dir: ImageDir, store: ImageStore) -> Image {
         let (doubt, job, upload, verification) = (None, None, None, None);
-        Image { record, dir, store, doubt, job, upload, verification, deleting: false, holds: Vec::new() }
+        Image {
+            record,
+            dir,
+            store,
+            doubt,
+            job,
+            upload,
+            verification,
+            base: None,
+            deleting: false,
+            holds: Vec::new(),
+        }
     }
 
     pub fn state(&self) -> ImageState {
@@ -218,6 +236,7 @@ impl Described {
                     state,
                     format: None,
                     size_bytes: None,
+                    internal_snapshot: None,
                     virtual_size_bytes: None,
                     allocated_bytes: 0,
                     sha512: None,
@@ -246,7 +265,8 @@ impl Described {
             state,
             format: published.map(|p| p.format),
             size_bytes: published.map(|p| p.stamp.size_bytes),
-            virtual_size_bytes: published.map(|p| p.format.virtual_size_bytes(p.stamp.size_bytes)),
+            internal_snapshot: image.record.internal_snapshot.clone(),
+            virtual_size_bytes: published.map(|p| p.virtual_size_bytes),
             allocated_bytes: 0,
             sha512: published.map(|p| p.sha512.clone()),
             source: image.record.source.clone(),

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bedplate_engine::error::Error as Storage;
+use bedplate_engine::{error::Error as Storage, image::Format};
 
 use super::{
     checksum::{Expected, Hasher, Sums},
@@ -24,7 +24,7 @@ use super::{
         MIDSTATES_QUEUED_MAX, Mark, PIECES_QUEUED_MAX, Piece, SYNCS_QUEUED_MAX, Target, hash_pieces,
         keep_synced, write_pieces,
     },
-    probe::{Content, PROBE_LEN, probe},
+    probe::probe,
     progress::{Meter, Phase},
     room::check_fits,
     source::{Source, Validator},
@@ -42,6 +42,10 @@ const ZEROS_LEN_MAX: u64 = 64 << 20;
 pub struct Spec {
     pub dir: Arc<Directory>,
     pub names: PartialNames,
+    /// Where it comes from, for messages about its bytes.
+    pub source: String,
+    /// What it is, where that is known and not told by its bytes.
+    pub format: Option<Format>,
     pub expected: Option<Expected>,
     pub size_max: u64,
     /// A mark is set each time this much has arrived ...
@@ -58,7 +62,7 @@ pub struct Arrived {
     pub file: File,
     pub size_bytes: u64,
     pub sums: Sums,
-    pub content: Content,
+    pub format: Format,
 }
 
 /// What a source says before its first byte.
@@ -112,8 +116,11 @@ pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
     file.sync_all().map_err(|e| Storage::io("sync", &path, e))?;
     let (position, total, complete, proof) = (size_bytes, Some(size_bytes), true, Proof::NotNeeded);
     Kept { position, total, complete, validator, proof, midstate }.store(&spec.dir, spec.names)?;
-    let content = probe_file(&file, &path)?;
-    Ok(Arrived { file, size_bytes, sums, content })
+    let format = match spec.format {
+        Some(format) => format,
+        None => probe_file(spec, &file, &path, size_bytes)?,
+    };
+    Ok(Arrived { file, size_bytes, sums, format })
 }
 
 /// Cut the file to what is kept, and restore the hash of that.
@@ -207,10 +214,10 @@ fn closed() -> Failure {
     Failure::Source("the disk does not take the bytes".to_owned())
 }
 
-fn probe_file(file: &File, path: &Path) -> Result<Content> {
-    let mut first = [0; PROBE_LEN];
-    let len = file.read_at(&mut first, 0).map_err(|e| Storage::io("read", path, e))?;
-    probe(first.get(..len).unwrap_or_default())
+fn probe_file(spec: &Spec, file: &File, path: &Path, size_bytes: u64) -> Result<Format> {
+    let mut first = vec![0; usize::try_from(PIECE_LEN.min(size_bytes)).unwrap_or(0)];
+    file.read_exact_at(&mut first, 0).map_err(|e| Storage::io("read", path, e))?;
+    probe(&first, &spec.source, Some(size_bytes))
 }
 
 /// The upper end of an arrival, where a source pushes bytes in.
@@ -255,7 +262,7 @@ impl<'a> Arrival<'a> {
             proof,
             marked: sent,
             marked_at: Instant::now(),
-            probed: sent > 0,
+            probed: sent > 0 || spec.format.is_some(),
         }
     }
 
@@ -408,7 +415,7 @@ impl<'a> Arrival<'a> {
             return Ok(());
         }
         if !self.probed {
-            probe(self.buffer.get(..PROBE_LEN).unwrap_or(&self.buffer))?;
+            probe(&self.buffer, &self.spec.source, self.total)?;
             self.probed = true;
         }
         let bytes = Arc::new(std::mem::take(&mut self.buffer));

@@ -9,14 +9,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bedplate_engine::error::Error as Storage;
+use bedplate_engine::{error::Error as Storage, image::Format};
 use nix::errno::Errno;
 
 use super::{
     arrival::{Arrived, Spec, arrive},
     failure::Result,
     partial::Kept,
-    probe::Content,
     source::file::FileSource,
     verify::verify,
 };
@@ -29,7 +28,7 @@ pub struct Original {
     /// For messages.
     pub path: PathBuf,
     pub size_bytes: u64,
-    pub content: Content,
+    pub format: Format,
 }
 
 /// Make an arrival of `original`. Checks the sum that `spec` expects.
@@ -55,7 +54,7 @@ fn verified(spec: &Spec, file: File, path: &Path, original: &Original) -> Result
         verify(&spec.dir, spec.names.data, size_bytes, spec.expected.as_ref(), &spec.meter, &spec.stop)?;
     sums.check(spec.expected.as_ref())?;
     file.sync_all().map_err(|e| Storage::io("sync", path, e))?;
-    Ok(Arrived { file, size_bytes, sums, content: original.content })
+    Ok(Arrived { file, size_bytes, sums, format: original.format })
 }
 
 /// Whether blocks are shared now.

@@ -63,6 +63,7 @@ impl Failure {
             | Failure::Corrupt(_)
             | Failure::NoSpaceForUnknown { .. }
             | Failure::Unsupported(_)
+            | Failure::Storage(Storage::Corrupt { .. } | Storage::Unsupported { .. })
             | Failure::Upload(_)
             | Failure::Cancelled => false,
             Failure::NoSpace { .. }

@@ -36,7 +36,7 @@ const EXAMPLES: &str = "Examples:
   bedplate inspect check disk.qcow2
   bedplate inspect check disk.qcow2 --data -o json
 
-Exit codes, as of qemu-img check: 0 clean, 1 the check could not run, 2 corruption, 3 leaks only (space is wasted, no
+Exit codes, as of qemu-img check: 0 clean, 1 the check could not run, 2 corruption, 3 leaks only (space is wasted, no \
 data is wrong), 63 a format that has nothing to check.";
 
 /// Check the metadata: refcounts, leaks, overlaps

@@ -39,7 +39,7 @@ const EXAMPLES: &str = "Examples:
   bedplate inspect info disk.raw --digest
   bedplate inspect info disk.qcow2 -o html > disk.html
 
-The keys of `-o json` are those of `qemu-img info --output=json`. Exit code 5 says that something is damaged; it is
+The keys of `-o json` are those of `qemu-img info --output=json`. Exit code 5 says that something is damaged; it is \
 named under `damage`, and everything else is shown.";
 
 /// Show what a file is: format, sizes, features, snapshots, partitions
@@ -137,8 +137,9 @@ impl Info {
             row("cluster", print::exact(size));
         }
         if let Some(name) = &self.backing_filename {
-            let format = self.backing_filename_format.as_deref().unwrap_or("not said");
-            row("backing file", format!("{name} (format: {format})"));
+            let format = self.backing_filename_format.as_deref();
+            let format = format.map_or_else(String::new, |format| format!(" (format: {format})"));
+            row("backing file", format!("{name}{format}"));
         }
         if self.encrypted == Some(true) {
             row("encrypted", "yes".to_owned());

@@ -31,7 +31,7 @@ const EXAMPLES: &str = "Examples:
   bedplate inspect map disk.qcow2 -o html > disk.html
   bedplate inspect map disk.qcow2 -o json --start-offset 1G --max-length 64M
 
-The keys of `-o json` are those of `qemu-img map --output=json`. Ranges that are damaged have the key `damage`, and the
+The keys of `-o json` are those of `qemu-img map --output=json`. Ranges that are damaged have the key `damage`, and the \
 exit code is 5; ranges of a file that may not be opened are neither zero nor data.";
 
 /// Show where data lies

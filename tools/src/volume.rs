@@ -5,6 +5,8 @@
 //! damage, as it is for the node. The files: the engine's `docs/format.md`.
 
 use std::{
+    fs::File,
+    io::Read,
     ops::ControlFlow,
     path::{Path, PathBuf},
     sync::Arc,
@@ -26,6 +28,7 @@ use bedplate_engine::{
         record::{self, ImageRef, VolumeRecord},
     },
 };
+use serde::Deserialize;
 
 use crate::{
     layer::open_file,
@@ -136,23 +139,30 @@ impl VolumeDir {
             what: Corruption::Record(what),
             at: ByteOffset(0),
         };
-        let format = match record_format(text).map_err(unknown)?.as_str() {
-            "raw" => Format::Raw,
-            "qcow2" => Format::Qcow2,
-            other => return Err(unknown(format!("the format {other:?} is not known"))),
+        let record = image_record(text).map_err(unknown)?;
+        let format = match record.format.as_deref() {
+            Some("raw") => Format::Raw,
+            Some("qcow2") => Format::Qcow2,
+            Some(other) => return Err(unknown(format!("the format {other:?} is not known"))),
+            None => return Err(unknown("it does not say the image's format".to_owned())),
         };
-        Chain::open(file, &path, format, &View::Active, None)
+        let view = record.internal_snapshot.map_or(View::Active, View::Snapshot);
+        Chain::open(file, &path, format, &view, None)
     }
 }
 
-/// The format that an image's record says.
-fn record_format(file: std::fs::File) -> Result<String, String> {
-    use std::io::Read;
+/// What is needed of `image.json`; the node reads it more strictly.
+#[derive(Deserialize)]
+struct ImageRecord {
+    /// Only images that have arrived have one.
+    format: Option<String>,
+    internal_snapshot: Option<String>,
+}
+
+fn image_record(file: File) -> Result<ImageRecord, String> {
     let mut text = Vec::new();
     file.take(record::RECORD_LEN_MAX).read_to_end(&mut text).map_err(|e| e.to_string())?;
-    let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
-    let format = value.get("format").and_then(serde_json::Value::as_str);
-    format.map(str::to_owned).ok_or_else(|| "it does not say the image's format".to_owned())
+    serde_json::from_slice(&text).map_err(|e| e.to_string())
 }
 
 /// A layer of a volume, by its map.

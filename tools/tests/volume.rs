@@ -12,7 +12,7 @@ use std::{
 
 use bedplate_engine::{
     device::{BlockDevice, Durability},
-    error::Result,
+    error::{Error, Result},
     image::{BaseImage, BaseSource, raw::RawImage},
     units::{ByteLen, ByteRange},
     volume::{
@@ -33,7 +33,8 @@ struct Images(PathBuf);
 impl BaseSource for Images {
     fn open_base(&self, image: &ImageRef) -> Result<Arc<dyn BaseImage>> {
         let path = self.0.join(dir_name(&image.name, image.uuid)).join("image");
-        Ok(Arc::new(RawImage::open(&path, ByteLen(IMAGE_LEN))?))
+        let file = fs::File::open(&path).map_err(|e| Error::io("open", &path, e))?;
+        Ok(Arc::new(RawImage::new(file, path, ByteLen(IMAGE_LEN))?))
     }
 }
 
@@ -204,4 +205,25 @@ fn damage_of_maps_and_missing_files_is_named() {
     // A record that is no record.
     fs::write(Path::new(&volume).join("volume.json"), "{}").unwrap();
     assert_eq!((code("check"), code("info")), (2, 5));
+}
+
+#[test]
+fn an_image_is_read_as_its_record_says_not_as_it_looks() {
+    let fixture = Fixture::new();
+    let dir = fixture.dir.path().join("disk/images").join(dir_name("base", fixture.image.uuid));
+    let (raw, qcow2) = (fixture.dir.path().join("raw"), fixture.dir.path().join("qcow2"));
+    fs::rename(dir.join("image"), &raw).unwrap();
+    let (raw, qcow2) = (raw.to_str().unwrap(), qcow2.to_str().unwrap());
+    program::qemu_img(&["convert", "-f", "raw", "-O", "qcow2", raw, qcow2]);
+    program::qemu_img(&["snapshot", "-c", "golden", qcow2]);
+    program::qemu_io(qcow2, "write -P 66 0 3M");
+    fs::copy(qcow2, dir.join("image")).unwrap();
+    fs::write(dir.join("image.json"), r#"{"format":"qcow2","internal_snapshot":"golden"}"#).unwrap();
+    assert!(fixture.converted(&[]) == fixture.head);
+    fs::write(dir.join("image.json"), r#"{"format":"qcow2"}"#).unwrap();
+    assert!(fixture.converted(&[]) != fixture.head);
+    fs::write(dir.join("image.json"), r#"{"format":"raw"}"#).unwrap();
+    assert!(fixture.converted(&[])[..4] != *b"QFI\xfb", "the head zeroed that block");
+    fs::write(dir.join("image.json"), r#"{"format":"vmdk"}"#).unwrap();
+    assert_eq!(inspect(&["check", &fixture.volume()]).code, 2);
 }

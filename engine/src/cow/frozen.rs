@@ -152,17 +152,20 @@ impl FrozenIndex {
     }
 
     /// This index with one more layer on top of it. `layer` must not change any more: its leaves are shared. `lost`
-    /// are blocks of which that layer's map does not say what they are.
+    /// are blocks of which that layer's map does not say what they are, in order.
     #[must_use]
     pub fn overlaid(&self, layer: &HeadIndex, slot: Slot, lost: &[BlockRange]) -> FrozenIndex {
         let count = self.leaves.len().max(leaf_count(layer.block_count().0));
         let leaves = (0..count).map(|number| {
             let below = self.leaves.get(number).and_then(Option::as_ref);
             let start = number as u64 * LEAF_BLOCKS;
-            let lost_here = lost.iter().filter(|range| range.overlaps(BlockRange::new(start, LEAF_BLOCKS)));
-            match (layer.leaf(number), below, lost_here.clone().next()) {
-                (None, _, None) => below.cloned(),
-                (Some(leaf), None, None) => Some(FrozenLeaf::One { slot, leaf: leaf.clone() }),
+            // The ranges are in order and apart, so those of a leaf are found without looking at the others.
+            let first = lost.partition_point(|range| range.end().0 <= start);
+            let end = lost.partition_point(|range| range.start.0 < start + LEAF_BLOCKS);
+            let lost_here = lost.get(first..end).unwrap_or_default();
+            match (layer.leaf(number), below, lost_here) {
+                (None, _, []) => below.cloned(),
+                (Some(leaf), None, []) => Some(FrozenLeaf::One { slot, leaf: leaf.clone() }),
                 (leaf, _, _) => {
                     let mut blocks =
                         below.map_or_else(|| vec![Value::Absent; to_usize(LEAF_BLOCKS)], FrozenLeaf::unpack);

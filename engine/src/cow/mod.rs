@@ -5,6 +5,7 @@
 //! [`map`] is the codec of a layer's map file (`docs/format.md`). Executors (`crate::exec`) carry out what the core
 //! asks for; volumes (`crate::volume`) give it layers.
 
+pub mod blocks;
 pub mod changes;
 pub mod core;
 pub mod frozen;

@@ -6,25 +6,39 @@
 //! they load the published [`View`] and follow it.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
+use rustc_hash::FxHashMap;
 
-use super::{head::HeadFiles, housekeeper::Housekeeper, request::Buffers, view::View};
+use super::{
+    head::HeadFiles,
+    housekeeper::Housekeeper,
+    pauses::Pauses,
+    request::Buffers,
+    view::{View, uncertain_bytes},
+};
 use crate::{
     cow::{
+        blocks::BlockSet,
         core::{Action, CopySource, Core, HeadState, Op, OpId, Output, Step},
         map::log::LogEnd,
         plan::Index,
     },
-    device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
+    device::{
+        Access, BlockDevice, Complete, Durability, Extent, ExtentKind, Geometry, Reply, Request, check_length,
+    },
     error::{Error, Result},
     units::{BlockRange, ByteRange},
 };
 
-/// A volume whose head takes writes.
+/// How long a volume that is dropped waits for its housekeeping; longer than that, its medium hangs.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// A volume whose head takes writes. Dropping it waits for what it still has under way, so that the disk can be opened
+/// again at once.
 #[derive(Debug)]
 pub struct Executor {
     shared: Arc<Shared>,
@@ -36,7 +50,39 @@ struct Shared {
     live: ArcSwap<Live>,
     /// Indexes that were replaced; a reader may still follow one while it can be upgraded.
     epochs: Mutex<Vec<Weak<Index>>>,
+    /// Set when the layer fails, before anybody is told of it: [`Core::uncertain`].
+    uncertain: OnceLock<Arc<BlockSet>>,
     housekeeper: Arc<Housekeeper>,
+    housekeeping: Arc<Housekeeping>,
+    pauses: Mutex<Pauses>,
+}
+
+/// Actions of this volume that the housekeeper has. Apart from [`Shared`], which each of them holds.
+#[derive(Debug, Default)]
+struct Housekeeping {
+    count: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Housekeeping {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(self: &Arc<Self>) -> Housework {
+        *self.lock() += 1;
+        Housework(self.clone())
+    }
+}
+
+/// One such action, until this is dropped.
+struct Housework(Arc<Housekeeping>);
+
+impl Drop for Housework {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+        self.0.changed.notify_all();
+    }
 }
 
 /// What the volume is made of between two life operations.
@@ -49,7 +95,7 @@ struct Live {
 #[derive(Debug)]
 struct State {
     core: Core,
-    mailboxes: HashMap<OpId, Arc<Mailbox>>,
+    mailboxes: FxHashMap<OpId, Arc<Mailbox>>,
 }
 
 /// Where the thread of an operation learns what to do.
@@ -150,8 +196,12 @@ impl Shared {
 
     fn keep_house(self: &Arc<Self>, actions: Vec<Planned>) {
         for planned in actions {
+            let work = self.housekeeping.begin();
             let shared = self.clone();
             self.housekeeper.run(move || {
+                // Dropped last: whoever waits for it finds nothing open that this action had.
+                let _work = work;
+                let (shared, planned) = (shared, planned);
                 let result = planned.carry_out(&mut Buffers::default());
                 shared.complete(&planned.action, result);
             });
@@ -162,6 +212,9 @@ impl Shared {
         let housekeeping = {
             let mut state = self.lock();
             let step = state.core.complete(action.id, result);
+            if let Some(blocks) = state.core.uncertain() {
+                self.uncertain.get_or_init(|| blocks.clone());
+            }
             state.dispatch(step, &self.live.load())
         };
         self.keep_house(housekeeping);
@@ -195,6 +248,7 @@ impl Shared {
 #[must_use = "changes queue until this is dropped"]
 pub struct Barrier<'a> {
     executor: &'a Executor,
+    since: Instant,
     ended: bool,
 }
 
@@ -231,10 +285,11 @@ impl Barrier<'_> {
 
 impl Drop for Barrier<'_> {
     fn drop(&mut self) {
+        let shared = &self.executor.shared;
+        shared.pauses.lock().unwrap_or_else(PoisonError::into_inner).add(self.since.elapsed());
         if self.ended {
             return;
         }
-        let shared = &self.executor.shared;
         let housekeeping = {
             let mut state = shared.lock();
             let step = state.core.resume();
@@ -247,9 +302,12 @@ impl Drop for Barrier<'_> {
 impl Executor {
     pub fn new(head: NewHead, housekeeper: Arc<Housekeeper>) -> Executor {
         let core = Core::new(head.state, head.files.data.write_align());
-        let state = Mutex::new(State { core, mailboxes: HashMap::new() });
+        let state = Mutex::new(State { core, mailboxes: FxHashMap::default() });
         let live = ArcSwap::from_pointee(Live { view: head.view, head: head.files });
-        Executor { shared: Arc::new(Shared { state, live, epochs: Mutex::default(), housekeeper }) }
+        let (epochs, uncertain) = (Mutex::default(), OnceLock::new());
+        let (housekeeping, pauses) = (Arc::default(), Mutex::default());
+        let shared = Shared { state, live, epochs, uncertain, housekeeper, housekeeping, pauses };
+        Executor { shared: Arc::new(shared) }
     }
 
     /// What reads follow now.
@@ -267,6 +325,17 @@ impl Executor {
         self.shared.lock().core.failed().cloned()
     }
 
+    /// Once the volume takes no more writes: the blocks that changed since the last commit, which cannot be read.
+    pub fn uncertain(&self) -> Option<&Arc<BlockSet>> {
+        self.shared.uncertain.get()
+    }
+
+    /// The first bytes of `range` that cannot be read since the layer failed. Asked *after* the bytes were looked for: a
+    /// failure that comes between the two then counts.
+    fn uncertain_in(&self, range: ByteRange) -> Option<ByteRange> {
+        self.uncertain().and_then(|blocks| uncertain_bytes(blocks, range))
+    }
+
     /// Whether every action that was asked for has ended.
     pub fn is_quiet(&self) -> bool {
         self.shared.lock().core.is_quiet()
@@ -280,8 +349,14 @@ impl Executor {
     /// Stop admitting changes, wait for those under way, commit. The sync that comes first keeps the pause short.
     pub fn barrier(&self) -> Result<Barrier<'_>> {
         self.flush()?;
+        let since = Instant::now();
         self.shared.run(Op::Barrier, &mut Buffers::default())?;
-        Ok(Barrier { executor: self, ended: false })
+        Ok(Barrier { executor: self, since, ended: false })
+    }
+
+    /// How long changes had to wait for life operations so far.
+    pub fn pauses(&self) -> Pauses {
+        *self.shared.pauses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bring blocks up into the head. At most [`COPY_BLOCKS_MAX`](crate::cow::core::COPY_BLOCKS_MAX) blocks.
@@ -306,6 +381,18 @@ impl Executor {
     }
 }
 
+impl Drop for Executor {
+    fn drop(&mut self) {
+        let housekeeping = &self.shared.housekeeping;
+        let under_way = |count: &mut usize| *count > 0;
+        let waited = housekeeping.changed.wait_timeout_while(housekeeping.lock(), CLOSE_WAIT_MAX, under_way);
+        let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if *count > 0 {
+            tracing::warn!(layer = %self.head().dir, "closed while its medium does not answer");
+        }
+    }
+}
+
 impl BlockDevice for Executor {
     fn geometry(&self) -> Geometry {
         Geometry { size: self.shared.live.load().view.size(), access: Access::ReadWrite }
@@ -323,12 +410,29 @@ impl BlockDevice for Executor {
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
-        self.shared.live.load().view.extents(range)
+        let extents = self.shared.live.load().view.extents(range)?;
+        // What cannot be read counts as data, so that whoever wants it reads it and is told.
+        match self.uncertain_in(range) {
+            None => Ok(extents),
+            Some(part) if part.start == range.start => {
+                Ok(vec![Extent { range: part, kind: ExtentKind::Data }])
+            }
+            Some(part) => {
+                let certain = ByteRange { start: range.start, len: part.start.since(range.start) };
+                let inside =
+                    |extent: Extent| extent.range.intersect(certain).map(|range| Extent { range, ..extent });
+                Ok(extents.into_iter().filter_map(inside).collect())
+            }
+        }
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         check_length(buffer.len() as u64)?;
-        self.shared.live.load().view.read_at(buffer, offset)
+        self.shared.live.load().view.read_at(buffer, offset)?;
+        match self.uncertain_in(ByteRange::new(offset, buffer.len() as u64)) {
+            None => Ok(()),
+            Some(part) => Err(Error::uncertain(part, self.failed())),
+        }
     }
 
     fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> Result<()> {

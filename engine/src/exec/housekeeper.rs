@@ -22,13 +22,20 @@ pub struct Housekeeper {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// Run by each thread before its first job. A front end makes its threads what the write path needs (see
+/// [`Held::on_thread_start`](crate::volume::disk::Held::on_thread_start)), and these are on it: requests wait for them.
+pub type ThreadStart = fn();
+
 impl Housekeeper {
-    pub fn start() -> Result<Housekeeper> {
+    pub fn start(on_start: ThreadStart) -> Result<Housekeeper> {
         let (queue, jobs) = unbounded::<Job>();
         let threads = (0..THREADS)
             .map(|n| {
                 let jobs = jobs.clone();
-                let work = move || jobs.iter().for_each(|job| job());
+                let work = move || {
+                    on_start();
+                    jobs.iter().for_each(|job| job());
+                };
                 std::thread::Builder::new().name(format!("housekeeper-{n}")).spawn(work)
             })
             .collect::<std::io::Result<_>>()

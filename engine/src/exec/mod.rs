@@ -7,6 +7,7 @@ pub mod blocking;
 pub mod buffer;
 pub mod head;
 pub mod housekeeper;
+pub mod pauses;
 pub mod request;
 pub mod reserve;
 pub mod simulated;

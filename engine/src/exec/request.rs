@@ -140,8 +140,8 @@ fn edge_of(edges: &mut [Option<AlignedBuffer>; 2], edge: Edge) -> &mut AlignedBu
 /// Zeros for the part of one block.
 static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
-/// Append the runs of blocks within `range` that hold anything but zeros. `buffer` starts at `start`.
-fn nonzero_blocks(buffer: &[u8], start: ByteOffset, range: ByteRange, runs: &mut Vec<BlockRange>) {
+/// Append the runs of whole blocks that `range` touches and that hold anything but zeros. `buffer` starts at `start`.
+pub fn nonzero_blocks(buffer: &[u8], start: ByteOffset, range: ByteRange, runs: &mut Vec<BlockRange>) {
     let touched = range.blocks_touched();
     for number in touched.start.0..touched.end().0 {
         let at = to_usize(number * BLOCK_SIZE - start.0);

@@ -12,13 +12,17 @@ use std::{
     sync::Arc,
 };
 
-use super::{head::HeadFiles, request::Buffers, view::View};
+use super::{
+    head::HeadFiles,
+    request::Buffers,
+    view::{View, uncertain_bytes},
+};
 use crate::{
     cow::{
         core::{Action, ActionId, Core, HeadState, Op, OpId, Output, Step},
         plan::{Index, Segment},
     },
-    error::Result,
+    error::{Error, Result},
     units::{ByteRange, to_usize},
 };
 
@@ -261,6 +265,12 @@ impl Simulated {
             }
         };
         let whole = reading.planned.is_empty() && reading.planned_len == reading.range.len.0;
+        // Asked at the end, as the blocking executor does.
+        let uncertain = self.core.uncertain().and_then(|blocks| uncertain_bytes(blocks, reading.range));
+        let result = match uncertain {
+            Some(part) if whole => result.and(Err(Error::uncertain(part, self.core.failed().cloned()))),
+            Some(_) | None => result,
+        };
         if whole || result.is_err() {
             let Reading { tag, range, buffer, .. } = self.reads.remove(n);
             self.events.push(Event::Read { tag, range, result: result.map(|()| buffer) });

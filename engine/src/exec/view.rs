@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::storage::StorageFile;
 use crate::{
     cow::{
+        blocks::BlockSet,
         frozen::Slot,
         plan::{Index, Place, Segment},
     },
@@ -19,6 +20,11 @@ use crate::{
 
 /// Runs of one [`View::extents`] answer.
 pub const EXTENTS_MAX: usize = 1024;
+
+/// The first bytes of `range` that lie in `blocks`.
+pub fn uncertain_bytes(blocks: &BlockSet, range: ByteRange) -> Option<ByteRange> {
+    blocks.first_in(range.blocks_touched())?.bytes().intersect(range)
+}
 
 /// The data files of frozen layers, by slot.
 #[derive(Clone, Debug, Default)]

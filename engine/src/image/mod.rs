@@ -4,14 +4,21 @@
 //! from any thread without a lock. The formats are [`raw`] and [`qcow2`]; [`Format::of`] tells them by their magic.
 
 pub mod chain;
+pub mod device;
 pub mod qcow2;
 pub mod raw;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, fs::File, path::Path, sync::Arc};
 
+use serde::{Deserialize, Serialize};
+
+use self::{
+    qcow2::{Qcow2Image, View},
+    raw::RawImage,
+};
 use crate::{
     device::Extent,
-    error::Result,
+    error::{Error, Result},
     units::{ByteLen, ByteRange},
 };
 
@@ -29,21 +36,33 @@ pub trait BaseImage: Send + Sync + fmt::Debug {
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>>;
 }
 
+/// Bytes that [`Format::of`] wants to see.
+pub const PROBE_LEN: usize = 4;
+
 /// How an image's file is to be read. Told by its magic at import and then written in its record: a raw image whose
 /// guest writes another format's magic later stays raw.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Format {
     Raw,
     Qcow2,
 }
 
-/// Bytes that [`Format::of`] wants to see.
-pub const PROBE_LEN: usize = 512;
-
 impl Format {
     /// The format of a file that starts with these bytes.
     pub fn of(start: &[u8]) -> Format {
         if start.starts_with(b"QFI\xfb") { Format::Qcow2 } else { Format::Raw }
+    }
+}
+
+/// Open an image of `format` in `file`, which errors call `path`: of a qcow2 file, this content.
+pub fn open(file: File, path: &Path, format: Format, view: &View) -> Result<Arc<dyn BaseImage>> {
+    match format {
+        Format::Raw => {
+            let len = file.metadata().map_err(|e| Error::io("stat", path, e))?.len();
+            Ok(Arc::new(RawImage::new(file, path.to_owned(), ByteLen(len))?))
+        }
+        Format::Qcow2 => Ok(Arc::new(Qcow2Image::open(file, path, view)?)),
     }
 }
 

@@ -3,11 +3,7 @@
 //! Read through the page cache, so that every volume over the image shares one copy of what is hot. The file is
 //! immutable, so its holes may be asked of the file system: a hole of an image is zeros and stays zeros.
 
-use std::{
-    fs::File,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf};
 
 use nix::{
     errno::Errno,
@@ -32,24 +28,20 @@ pub struct RawImage {
 }
 
 impl RawImage {
-    /// Open `path`, which must be a regular file of exactly `len` bytes.
-    pub fn open(path: &Path, len: ByteLen) -> Result<RawImage> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
+    /// Over `file`, which errors call `path`, and which must be a regular file of exactly `len` bytes.
+    pub fn new(file: File, path: PathBuf, len: ByteLen) -> Result<RawImage> {
+        let meta = file.metadata().map_err(|e| Error::io("stat", &path, e))?;
         if !meta.is_file() {
-            return Err(Error::Unsupported {
-                path: path.to_owned(),
-                what: "anything but a regular file".into(),
-            });
+            return Err(Error::Unsupported { path, what: "anything but a regular file".into() });
         }
         if meta.len() != len.0 {
             return Err(Error::Corrupt {
-                path: path.to_owned(),
+                path,
                 what: Corruption::Field { field: "file length", value: meta.len() },
                 at: ByteOffset(meta.len()),
             });
         }
-        Ok(RawImage { file, path: path.to_owned(), len })
+        Ok(RawImage { file, path, len })
     }
 
     fn seek(&self, at: u64, whence: Whence) -> Result<Option<u64>> {
@@ -67,7 +59,14 @@ impl BaseImage for RawImage {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_exact_at(buffer, offset).map_err(|e| Error::io("read", &self.path, e))
+        self.file.read_exact_at(buffer, offset).map_err(|e| match e.kind() {
+            // Somebody cut it.
+            io::ErrorKind::UnexpectedEof => {
+                let what = Corruption::Truncated("image");
+                Error::Corrupt { path: self.path.clone(), what, at: ByteOffset(offset) }
+            }
+            _ => Error::io("read", &self.path, e),
+        })
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
@@ -94,5 +93,23 @@ impl BaseImage for RawImage {
             }
         }
         Ok(extents)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_cut_gives_an_error_and_not_zeros() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 8192], 0).unwrap();
+        let writer = file.try_clone().unwrap();
+        let image = RawImage::new(file, "image".into(), ByteLen(8192)).unwrap();
+        writer.set_len(4096).unwrap();
+        let mut buffer = [0; 512];
+        image.read_at(&mut buffer, 3584).unwrap();
+        assert!(matches!(image.read_at(&mut buffer, 3585), Err(Error::Corrupt { .. })));
+        assert!(matches!(image.extents(ByteRange::new(0, 8192)), Err(Error::Corrupt { .. })));
     }
 }

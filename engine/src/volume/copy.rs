@@ -1,27 +1,29 @@
-//! A full clone: a volume with its own bytes, which needs neither the source nor its image.
+//! Copying blocks into a layer, and the full clone: a volume with its own bytes, which needs neither the source nor its
+//! image.
+//!
+//! Owns `each_run` and `copy_run`, which full clones and flattening share, and `copy_blocks` between layers.
 
 use uuid::Uuid;
 
 use super::{
     device::VolumeInfo,
     disk::Disk,
-    layer,
+    layer::{self, Layer},
     life::new_record,
     record::{LayerRef, check_user_name},
 };
 use crate::{
     cow::{
         BlockState,
+        core::COPY_BLOCKS_MAX,
         map::{checkpoint::LogLen, log::LogEnd},
     },
     device::{BlockDevice, ExtentKind},
     error::{Error, Result},
-    exec::buffer::{AlignedBuffer, is_zero},
-    units::{BLOCK_BYTES, Block, BlockCount, BlockRange, ByteLen, ByteRange},
+    exec::{buffer::AlignedBuffer, request::nonzero_blocks, storage::StorageFile},
+    image::BaseImage,
+    units::{Block, BlockCount, BlockRange, ByteLen, ByteRange},
 };
-
-/// Blocks that are copied at once: 1 MiB.
-const PIECE_BLOCKS: u64 = 256;
 
 impl Disk {
     /// A new volume with a copy of what `volume`, or its snapshot, is now. Blocks of zeros take no space. `progress` is
@@ -38,7 +40,10 @@ impl Disk {
         let source = self.view(volume, snapshot)?;
         let size = source.geometry().size;
         let mut head = self.make_layer(size.blocks_ceil())?;
-        let copied = copy_all(&source, &head, &mut progress).and_then(|()| {
+        let copied = copy_all(&source, &head, &mut progress).and_then(|whole| {
+            if !whole {
+                return Err(Error::Invalid("stopped".into()));
+            }
             head.data.sync()?;
             let (header, map) =
                 layer::stage_map(&*self.storage, head.uuid, &head.log, &head.index, LogLen::LIVE)?;
@@ -62,54 +67,81 @@ impl Disk {
     }
 }
 
-/// Copy every block of `source` that is not zeros.
+/// Copy every block of `source` that is not zeros; `false`: stopped.
 fn copy_all(
-    source: &dyn BlockDevice,
-    to: &layer::Layer,
+    source: &dyn BaseImage,
+    to: &Layer,
     progress: &mut impl FnMut(ByteLen, ByteLen) -> bool,
-) -> Result<()> {
-    let size = source.geometry().size;
-    let mut buffer = AlignedBuffer::new(BlockCount(PIECE_BLOCKS).len().as_usize());
+) -> Result<bool> {
+    let mut buffer = copy_buffer();
+    each_run(source, COPY_BLOCKS_MAX, progress, |run| copy_run(source, to, run, &mut buffer))
+}
+
+/// Call `work` for runs of blocks in which `source` holds data, none longer than `run_max` blocks; `false`: stopped.
+pub(super) fn each_run(
+    source: &dyn BaseImage,
+    run_max: u64,
+    progress: &mut impl FnMut(ByteLen, ByteLen) -> bool,
+    mut work: impl FnMut(BlockRange) -> Result<()>,
+) -> Result<bool> {
+    let len = source.len();
     let mut at = 0;
-    while at < size.0 {
-        for extent in source.extents(ByteRange::new(at, size.0 - at))? {
+    while at < len.0 {
+        for extent in source.extents(ByteRange::new(at, len.0 - at))? {
             at = extent.range.end().0;
             if extent.kind == ExtentKind::Zero {
                 continue;
             }
-            let blocks = extent.range.blocks_touched();
-            let mut start = blocks.start;
-            while start < blocks.end() {
-                if !progress(ByteLen(start.offset().0), size) {
-                    return Err(Error::Invalid("stopped".into()));
+            for run in pieces(extent.range.blocks_touched(), run_max) {
+                if !progress(ByteLen(run.start.offset().0), len) {
+                    return Ok(false);
                 }
-                let count = blocks.end().since(start).min(BlockCount(PIECE_BLOCKS));
-                copy_piece(source, to, BlockRange { start, count }, &mut buffer)?;
-                start = start.plus(count);
+                work(run)?;
             }
         }
     }
-    progress(size, size);
-    Ok(())
+    progress(len, len);
+    Ok(true)
 }
 
-fn copy_piece(
-    source: &dyn BlockDevice,
-    to: &layer::Layer,
-    piece: BlockRange,
-    buffer: &mut [u8],
-) -> Result<()> {
-    let all = ByteRange { start: Block(0).offset(), len: source.geometry().size };
-    let buffer = &mut buffer[..piece.count.len().as_usize()];
-    buffer.fill(0);
-    if let Some(inside) = piece.bytes().intersect(all) {
-        source.read_at(&mut buffer[..inside.len.as_usize()], inside.start.0)?;
-    }
-    for (bytes, number) in buffer.chunks(BLOCK_BYTES).zip(piece.start.0..) {
-        if !is_zero(bytes) {
-            to.data.write_at(bytes, Block(number).offset().0)?;
-            to.index.set(BlockRange::new(number, 1), BlockState::Data);
+/// A buffer for [`copy_run`].
+pub(super) fn copy_buffer() -> AlignedBuffer {
+    AlignedBuffer::new(BlockCount(COPY_BLOCKS_MAX).len().as_usize())
+}
+
+/// Write the blocks of `run` that are not zeros into the layer's file, and mark them in memory.
+pub(super) fn copy_run(source: &dyn BaseImage, to: &Layer, run: BlockRange, buffer: &mut [u8]) -> Result<()> {
+    let all = ByteRange { start: Block(0).offset(), len: source.len() };
+    for piece in pieces(run, COPY_BLOCKS_MAX) {
+        let buffer = &mut buffer[..piece.count.len().as_usize()];
+        // The last block of an image may be cut short; the rest of it is zeros.
+        let inside = piece.bytes().intersect(all).map_or(0, |inside| inside.len.as_usize());
+        source.read_at(&mut buffer[..inside], piece.start.offset().0)?;
+        buffer[inside..].fill(0);
+        let mut runs = Vec::new();
+        nonzero_blocks(buffer, piece.start.offset(), piece.bytes(), &mut runs);
+        for run in runs {
+            let at = (run.start.offset().since(piece.start.offset())).as_usize();
+            to.data.write_at(&buffer[at..at + run.count.len().as_usize()], run.start.offset().0)?;
+            to.index.set(run, BlockState::Data);
         }
     }
     Ok(())
+}
+
+/// Copy blocks between the files of two layers, zeros too.
+pub(super) fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: BlockRange) -> Result<()> {
+    let mut buffer = AlignedBuffer::new(BlockCount(run.count.0.min(COPY_BLOCKS_MAX)).len().as_usize());
+    for piece in pieces(run, COPY_BLOCKS_MAX) {
+        let buffer = &mut buffer[..piece.count.len().as_usize()];
+        from.read_at(buffer, piece.start.offset().0)?;
+        to.write_at(buffer, piece.start.offset().0)?;
+    }
+    Ok(())
+}
+
+/// `run` in pieces of at most `blocks_max` blocks.
+pub(super) fn pieces(run: BlockRange, blocks_max: u64) -> impl Iterator<Item = BlockRange> {
+    let starts = (run.start.0..run.end().0).step_by(crate::units::to_usize(blocks_max));
+    starts.map(move |start| BlockRange::new(start, blocks_max.min(run.end().0 - start)))
 }

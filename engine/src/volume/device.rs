@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -15,7 +16,8 @@ use super::{
 use crate::{
     device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
     error::{Error, Result},
-    exec::{blocking::Executor, storage::Storage, view::View},
+    exec::{blocking::Executor, pauses::Pauses, storage::Storage, view::View},
+    image::BaseImage,
     units::{ByteLen, ByteRange},
 };
 
@@ -26,6 +28,8 @@ pub struct Volume {
     record: Mutex<VolumeRecord>,
     pub(super) backend: Backend,
     usage: Mutex<Use>,
+    /// A holder has let go.
+    released: Condvar,
 }
 
 /// Who uses a volume.
@@ -77,6 +81,8 @@ pub struct VolumeInfo {
     pub layer_count: usize,
     /// Who holds it.
     pub holders: Vec<String>,
+    /// How long life operations (snapshot, clone, revert, resize) made changes wait since the volume was opened.
+    pub pauses: Pauses,
     pub created_at: Timestamp,
 }
 
@@ -90,6 +96,7 @@ pub struct Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         self.volume.in_use().holders.remove(&self.id);
+        self.volume.released.notify_all();
     }
 }
 
@@ -107,7 +114,13 @@ impl Drop for Claim<'_> {
 
 impl Volume {
     pub(super) fn new(storage: Arc<dyn Storage>, record: VolumeRecord, backend: Backend) -> Volume {
-        Volume { storage, record: Mutex::new(record), backend, usage: Mutex::default() }
+        Volume {
+            storage,
+            record: Mutex::new(record),
+            backend,
+            usage: Mutex::default(),
+            released: Condvar::new(),
+        }
     }
 
     fn in_use(&self) -> MutexGuard<'_, Use> {
@@ -124,6 +137,13 @@ impl Volume {
         in_use.next += 1;
         in_use.holders.insert(id, who.into());
         Ok(Hold { volume: self.clone(), id })
+    }
+
+    /// Wait until nobody holds it, but no longer than `patience`.
+    pub fn wait_released(&self, patience: Duration) {
+        let wait =
+            self.released.wait_timeout_while(self.in_use(), patience, |usage| !usage.holders.is_empty());
+        drop(wait);
     }
 
     /// Have the volume alone for `what`; an error names the holders, if there are any.
@@ -207,6 +227,7 @@ impl Volume {
             layer_count: record.layers.len(),
             state: self.state(),
             holders: self.in_use().holders.values().cloned().collect(),
+            pauses: self.executor().map(Executor::pauses).unwrap_or_default(),
             created_at: record.created_at,
             name: record.name,
             image: record.image,
@@ -243,7 +264,10 @@ impl BlockDevice for Volume {
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
-        self.view().extents(range)
+        match &self.backend {
+            Backend::Live(executor) => executor.extents(range),
+            Backend::ReadOnly { view, .. } => view.extents(range),
+        }
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -301,7 +325,7 @@ impl BlockDevice for Snapshot {
 
     fn submit(&self, request: Request, complete: Complete) {
         let (result, buffer) = match request {
-            Request::Read { offset, mut buffer } => (self.read_at(&mut buffer, offset), buffer),
+            Request::Read { offset, mut buffer } => (BlockDevice::read_at(self, &mut buffer, offset), buffer),
             Request::Write { data: buffer, .. } => (Err(self.refusal()), buffer),
             Request::Zero { .. } | Request::Discard { .. } => (Err(self.refusal()), Vec::new()),
             Request::Flush => (Ok(()), Vec::new()),
@@ -316,6 +340,21 @@ impl BlockDevice for Snapshot {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         check_length(buffer.len() as u64)?;
         self.view.read_at(buffer, offset)
+    }
+}
+
+/// What is copied: bytes that stay as they are.
+impl BaseImage for Snapshot {
+    fn len(&self) -> ByteLen {
+        self.view.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        BlockDevice::read_at(self, buffer, offset)
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.view.extents(range)
     }
 }
 

@@ -1,11 +1,12 @@
 //! A disk: one directory that Bedplate owns, opened by one node at a time.
 //!
 //! Owns [`Disk`]: the lock, opening and its repair work, the catalog of volumes, collection. Upheld here: invariant 10
-//! (what a record names exists; nothing is collected while any record is unreadable), 11 (one writer per disk) and 12
-//! (one volume's failure stops neither another nor the start).
+//! (what a record names exists; nothing is collected while any record is unreadable), 11 (one writer per disk; the
+//! storage keeps the lock, so that it lasts as long as anything that can write) and 12 (one volume's failure stops neither
+//! another nor the start).
 //!
 //! Locks, in this order: `maintenance` (one merge or flatten at a time), `life` (one record switch at a time), `tree`
-//! (what is open; maps are read under it, data never).
+//! (what is open; no file is read or written under it).
 
 use std::{
     collections::HashSet,
@@ -35,7 +36,8 @@ use crate::{
     exec::{
         blocking::{Executor, NewHead},
         head::HeadFiles,
-        housekeeper::Housekeeper,
+        housekeeper::{Housekeeper, ThreadStart},
+        pauses::Pauses,
         reserve::Reserve,
         storage::{EntryKind, Open, Storage, file::FileStorage},
         view::View,
@@ -61,8 +63,6 @@ pub struct Disk {
     pub(super) maintenance: Mutex<()>,
     pub(super) life: Mutex<()>,
     tree: Mutex<Tree>,
-    /// Held until the disk is dropped.
-    _lock: Option<Arc<Flock<File>>>,
 }
 
 impl std::fmt::Debug for Disk {
@@ -75,40 +75,44 @@ impl std::fmt::Debug for Disk {
 pub struct Held {
     storage: Arc<dyn Storage>,
     record: DiskRecord,
-    lock: Option<Arc<Flock<File>>>,
+    on_thread_start: ThreadStart,
 }
 
 impl Held {
     /// Take the directory `path`. An empty one becomes a disk. Refused while another process holds it.
     pub fn take(path: &Path) -> Result<Held> {
         let lock = lock(path)?;
-        let storage = Arc::new(FileStorage::open(path)?);
-        Held::over(storage, Some(Arc::new(lock)))
+        Held::over(Arc::new(FileStorage::open(path)?.holding(lock)))
     }
 
-    fn over(storage: Arc<dyn Storage>, lock: Option<Arc<Flock<File>>>) -> Result<Held> {
+    fn over(storage: Arc<dyn Storage>) -> Result<Held> {
         let record = initialise(&*storage)?;
-        Ok(Held { storage, record, lock })
+        Ok(Held { storage, record, on_thread_start: || {} })
+    }
+
+    /// Let every thread that carries out requests of this disk, and is not its caller's own, run `hook` first.
+    #[must_use]
+    pub fn on_thread_start(self, hook: ThreadStart) -> Held {
+        Held { on_thread_start: hook, ..self }
     }
 
     pub fn id(&self) -> Uuid {
         self.record.id
     }
 
-    /// Open its volumes, over the images that `bases` has. The lock is held until both this and the disk are dropped.
+    /// Open its volumes, over the images that `bases` has. The lock is held until this, the disk and every volume of it
+    /// are dropped.
     pub fn serve(&self, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
-        let Held { storage, record, lock } = self;
-        let (storage, record, lock) = (storage.clone(), record.clone(), lock.clone());
+        let (storage, record) = (self.storage.clone(), self.record.clone());
         let disk = Arc::new(Disk {
             reserve: Arc::new(Reserve::take(storage.clone())?),
-            housekeeper: Arc::new(Housekeeper::start()?),
+            housekeeper: Arc::new(Housekeeper::start(self.on_thread_start)?),
             storage,
             record,
             bases,
             maintenance: Mutex::new(()),
             life: Mutex::new(()),
             tree: Mutex::new(Tree::default()),
-            _lock: lock,
         });
         disk.open_volumes()?;
         disk.collect();
@@ -126,7 +130,7 @@ impl Disk {
 
     /// The same over any storage, without a lock between processes.
     pub fn open_storage(storage: Arc<dyn Storage>, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
-        Held::over(storage, None)?.serve(bases)
+        Held::over(storage)?.serve(bases)
     }
 
     /// Try again to open a volume that could not be opened, for a reason that may have passed. One that is open stays
@@ -278,8 +282,7 @@ impl Disk {
     /// Open what a record describes.
     pub(super) fn open_volume(&self, record: VolumeRecord) -> Result<Volume> {
         let base = self.open_base(record.image.as_ref())?;
-        let mut tree = self.tree();
-        let frozen = tree.frozen(&*self.storage, &record, record.parent(record.head))?;
+        let frozen = self.frozen(&record, record.parent(record.head))?;
         let head = layer::open(&*self.storage, record.head)?;
         let size = ByteLen(record.size_bytes);
         // More blocks than the volume has is what a crash leaves of a resize that did not happen.
@@ -298,7 +301,7 @@ impl Disk {
                 ))
             }
             Some(reason) => {
-                let slot = tree.slot(record.head, &head.data);
+                let slot = self.tree().slot(record.head, &head.data);
                 let overlaid = frozen.index.overlaid(&head.index, slot, &head.lost);
                 let empty = HeadIndex::new(size.blocks_ceil());
                 let index = self.index(size, empty, &overlaid, base.as_ref());
@@ -436,6 +439,7 @@ fn broken_info(broken: Broken) -> VolumeInfo {
         image: record.and_then(|record| record.image),
         state: VolumeState::Failed { reason: broken.reason },
         holders: Vec::new(),
+        pauses: Pauses::default(),
     }
 }
 

@@ -7,25 +7,19 @@
 use std::sync::PoisonError;
 
 use super::{
+    copy::{copy_buffer, copy_run, each_run},
     device::{Volume, VolumeInfo},
     disk::Disk,
     layer,
+    merge::BATCH_BLOCKS,
 };
 use crate::{
-    cow::{
-        BlockState,
-        core::{COPY_BLOCKS_MAX, CopySource},
-        map::checkpoint::LogLen,
-    },
-    device::{BlockDevice, ExtentKind},
+    cow::{BlockState, core::CopySource, map::checkpoint::LogLen},
+    device::BlockDevice,
     error::{Error, Result},
-    exec::buffer::{AlignedBuffer, is_zero},
     image::BaseImage,
-    units::{BLOCK_BYTES, Block, BlockCount, BlockRange, ByteLen, ByteRange},
+    units::{Block, BlockRange, ByteLen},
 };
-
-/// Blocks between two reports of progress: 16 MiB.
-const BATCH_BLOCKS: u64 = 4096;
 
 impl Disk {
     /// Copy the image's bytes into the volume's bottom layer and let go of the image. `progress` is told how many bytes
@@ -70,7 +64,7 @@ impl Disk {
         progress: &mut impl FnMut(ByteLen, ByteLen) -> bool,
     ) -> Result<bool> {
         let head = volume.record().head;
-        for_each_batch(base, progress, |data| {
+        each_run(base, BATCH_BLOCKS, progress, |data| {
             let _life = self.life();
             if volume.record().head != head {
                 let message = "a snapshot was taken meanwhile; run flatten again, it goes on from there";
@@ -94,7 +88,8 @@ impl Disk {
             return Err(Error::Failed { reason: fault.as_str().into() });
         }
         let end = layer.index.block_count();
-        let copied = for_each_batch(base, progress, |data| {
+        let mut buffer = copy_buffer();
+        let copied = each_run(base, BATCH_BLOCKS, progress, |data| {
             if data.start.0 >= end.0 {
                 return Ok(());
             }
@@ -105,7 +100,7 @@ impl Disk {
                 .filter(|(_, state)| *state == BlockState::Absent)
                 .map(|(run, _)| run)
                 .collect();
-            absent.into_iter().try_for_each(|run| copy_base(base, &layer, run))
+            absent.into_iter().try_for_each(|run| copy_run(base, &layer, run, &mut buffer))
         });
         // Also when it was stopped or failed: what was copied is not copied again.
         layer.data.sync()?;
@@ -113,57 +108,4 @@ impl Disk {
         layer::rewrite_map(&*self.storage, bottom, &layer.log, &layer.index, LogLen::Sealed)?;
         copied
     }
-}
-
-/// Call `work` for runs of blocks in which the image holds data, none longer than a batch; `false`: stopped.
-fn for_each_batch(
-    base: &dyn BaseImage,
-    progress: &mut impl FnMut(ByteLen, ByteLen) -> bool,
-    mut work: impl FnMut(BlockRange) -> Result<()>,
-) -> Result<bool> {
-    let len = base.len();
-    let mut at = 0;
-    while at < len.0 {
-        for extent in base.extents(ByteRange::new(at, len.0 - at))? {
-            at = extent.range.end().0;
-            if extent.kind == ExtentKind::Zero {
-                continue;
-            }
-            let blocks = extent.range.blocks_touched();
-            let mut start = blocks.start;
-            while start < blocks.end() {
-                if !progress(ByteLen(start.offset().0), len) {
-                    return Ok(false);
-                }
-                let count = blocks.end().since(start).min(BlockCount(BATCH_BLOCKS));
-                work(BlockRange { start, count })?;
-                start = start.plus(count);
-            }
-        }
-    }
-    progress(len, len);
-    Ok(true)
-}
-
-/// Write the blocks of `run` that are not zeros into the layer's file, and mark them in memory.
-fn copy_base(base: &dyn BaseImage, layer: &layer::Layer, run: BlockRange) -> Result<()> {
-    let all = ByteRange { start: Block(0).offset(), len: base.len() };
-    let mut start = run.start;
-    while start < run.end() {
-        let count = run.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
-        let piece = BlockRange { start, count };
-        let mut buffer = AlignedBuffer::new(count.len().as_usize());
-        if let Some(inside) = piece.bytes().intersect(all) {
-            base.read_at(&mut buffer[..inside.len.as_usize()], inside.start.0)?;
-        }
-        for (bytes, number) in buffer.chunks(BLOCK_BYTES).zip(start.0..) {
-            if !is_zero(bytes) {
-                let block = BlockRange::new(number, 1);
-                layer.data.write_at(bytes, block.start.offset().0)?;
-                layer.index.set(block, BlockState::Data);
-            }
-        }
-        start = piece.end();
-    }
-    Ok(())
 }

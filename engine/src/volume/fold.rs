@@ -5,20 +5,26 @@
 //! after it. Only a reader that follows the lower layer itself would: there is none, because it has no name and no
 //! other child, except those who began when it had (invariant 6). So this waits for them to end, and does not start
 //! while there are any.
+//!
+//! On a full disk (invariant 8) it goes step by step: what went down so far is made durable below, then the child's map
+//! forgets it, then every reader follows the new indexes, and then the child's blocks are punched. A crash between any
+//! two of these finds the same bytes in one of the two layers, and the fold begins again with what the child still has.
+//! The disk's reserve pays for the first step; each takes a part of it only, so that the maps find room too.
 
 use std::sync::Arc;
 
 use super::{
+    copy::copy_blocks,
     device::Volume,
     disk::Disk,
     layer::Layer,
-    merge::{BATCH_BLOCKS, Progress, copy_blocks, punch},
+    merge::{Progress, Room, punch},
 };
 use crate::{
-    cow::BlockState,
-    error::Result,
+    cow::{BlockState, head::HeadIndex},
+    error::{Error, Result},
     exec::blocking::Executor,
-    units::{BlockCount, BlockRange},
+    units::{Block, BlockRange},
 };
 
 impl Disk {
@@ -26,7 +32,7 @@ impl Disk {
     pub(super) fn fold(
         &self,
         mut lower: Layer,
-        upper: &Layer,
+        mut upper: Layer,
         go_on: &mut impl FnMut() -> bool,
     ) -> Result<Progress> {
         let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
@@ -40,24 +46,27 @@ impl Disk {
             lower.data.set_len(blocks.len().0)?;
         }
         let end = upper.index.block_count().0;
-        let mut at = 0;
+        let (mut at, mut room) = (0, self.room());
         while at < end {
             if !go_on() {
                 let _life = self.life();
                 self.replace_map(&mut lower)?;
                 return Ok(Progress::Stopped);
             }
-            let batch =
-                BlockRange { count: BlockCount(BATCH_BLOCKS.min(end - at)), ..BlockRange::new(at, 0) };
-            for (run, state) in upper.index.runs(batch) {
-                match state {
-                    BlockState::Absent => {}
-                    BlockState::Data => copy_blocks(&*upper.data, &*lower.data, run)?,
-                    BlockState::Zero => punch(&*lower.data, run),
+            let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
+            match (fold_batch(&lower, &upper, batch), room) {
+                (Ok(()), Room::Enough) => at = batch.end().0,
+                (Ok(()), Room::Short) => {
+                    at = batch.end().0;
+                    self.give_back_above(&mut lower, &mut upper, batch.end())?;
                 }
-                lower.index.set(run, state);
+                (Err(Error::NoSpace { .. }), Room::Enough) => {
+                    room = Room::Short;
+                    self.give_back_above(&mut lower, &mut upper, batch.start)?;
+                    self.reserve.give_up();
+                }
+                (Err(error), _) => return Err(error),
             }
-            at = batch.end().0;
         }
         let _life = self.life();
         self.replace_map(&mut lower)?;
@@ -75,4 +84,44 @@ impl Disk {
         self.collect();
         Ok(Progress::Done)
     }
+
+    /// Give back what `upper` has before `end`, all of which went down into `lower`.
+    fn give_back_above(&self, lower: &mut Layer, upper: &mut Layer, end: Block) -> Result<()> {
+        let _life = self.life();
+        let blocks = upper.index.block_count();
+        let before = BlockRange { start: Block(0), count: end.since(Block(0)) };
+        let after = BlockRange { start: end, count: Block(blocks.0).since(end) };
+        let data = upper.index.runs(before).filter(|(_, state)| *state == BlockState::Data);
+        let moved: Vec<BlockRange> = data.map(|(run, _)| run).collect();
+        if moved.is_empty() {
+            return Ok(());
+        }
+        self.replace_map(lower)?;
+        let left = HeadIndex::new(blocks);
+        upper.index.runs(after).for_each(|(run, state)| left.set(run, state));
+        upper.index = left;
+        self.replace_map(upper)?;
+        self.rebuild_over(upper.uuid)?;
+        let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
+        let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
+        if !self.wait_for_readers(&executors) {
+            // They go on reading it above; it goes with the file when the fold is done.
+            return Err(Error::NoSpace { path: self.path() });
+        }
+        moved.into_iter().for_each(|run| punch(&*upper.data, run));
+        Ok(())
+    }
+}
+
+/// Bring a batch down, and mark it in memory.
+fn fold_batch(lower: &Layer, upper: &Layer, batch: BlockRange) -> Result<()> {
+    for (run, state) in upper.index.runs(batch) {
+        match state {
+            BlockState::Absent => {}
+            BlockState::Data => copy_blocks(&*upper.data, &*lower.data, run)?,
+            BlockState::Zero => punch(&*lower.data, run),
+        }
+        lower.index.set(run, state);
+    }
+    Ok(())
 }

@@ -4,10 +4,7 @@
 //! comes, what is left to do after it is done again at the next start (invariant 6). Those that change a head run
 //! behind a barrier, while reads go on: sync early, stop admitting, wait, commit, make files, switch, admit again.
 
-use std::{
-    sync::{Arc, MutexGuard, PoisonError},
-    time::Instant,
-};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -273,14 +270,11 @@ impl Disk {
         let record = device.record();
         let base = self.open_base(record.image.as_ref())?;
         let size = ByteLen(size);
-        let view = {
-            let mut tree = self.tree();
-            let frozen = tree.frozen(&*self.storage, &record, Some(top))?;
-            let empty = HeadIndex::new(size.blocks_ceil());
-            let index = self.index(size, empty, &frozen.index, base.as_ref());
-            tree.add_view(&index);
-            View { index, head: None, layers: frozen.files, base }
-        };
+        let frozen = self.frozen(&record, Some(top))?;
+        let empty = HeadIndex::new(size.blocks_ceil());
+        let index = self.index(size, empty, &frozen.index, base.as_ref());
+        self.tree().add_view(&index);
+        let view = View { index, head: None, layers: frozen.files, base };
         drop(life);
         // The view holds its files open and its epoch, so the name has done its work.
         if let Some(name) = temporary {
@@ -332,7 +326,6 @@ impl Disk {
         }
         let frozen = record.head;
         let barrier = executor.barrier()?;
-        let paused = Instant::now();
         let end = executor.log_end();
         let size = ByteLen(record.size_bytes);
         let head = self.make_layer(size.blocks_ceil())?;
@@ -345,7 +338,7 @@ impl Disk {
             created_at: Timestamp::now(),
         }));
         let index = self.switch_head(volume, executor, barrier, record, head)?;
-        tracing::debug!(volume = %volume.name(), pause = ?paused.elapsed(), "frozen");
+        tracing::debug!(volume = %volume.name(), pause = ?executor.pauses().last, "frozen");
         // Its log is not needed any more. Failing leaves it as it is, which reads the same.
         if let Err(error) = layer::rewrite_map(&*self.storage, frozen, &end, &index, LogLen::Sealed) {
             tracing::warn!(layer = %frozen, %error, "the frozen layer keeps its log");
@@ -366,14 +359,11 @@ impl Disk {
         let view = executor.view();
         let old = volume.record().head;
         let below = record.parent(record.head);
-        let prepared = {
-            let mut tree = self.tree();
-            if below == Some(old) {
-                let under = tree.frozen(&*self.storage, &record, record.parent(old));
-                under.map(|under| tree.freeze(&under, old, &view.index.head, &executor.head().data))
-            } else {
-                tree.frozen(&*self.storage, &record, below)
-            }
+        let prepared = if below == Some(old) {
+            let under = self.frozen(&record, record.parent(old));
+            under.map(|under| self.freeze_over(&under, old, &view.index.head, &executor.head().data))
+        } else {
+            self.frozen(&record, below)
         };
         let size = ByteLen(record.size_bytes);
         let uuid = head.uuid;
@@ -446,7 +436,7 @@ impl Disk {
     fn publish_volume(&self, record: VolumeRecord, head: Layer) -> Result<VolumeInfo> {
         let size = ByteLen(record.size_bytes);
         let base = self.open_base(record.image.as_ref())?;
-        let frozen = self.tree().frozen(&*self.storage, &record, record.parent(record.head))?;
+        let frozen = self.frozen(&record, record.parent(record.head))?;
         let temporary = format!("{VOLUMES}/{TEMPORARY}{}", Uuid::new_v4());
         self.storage.create_dir(&temporary)?;
         let switched = record::write_new(&*self.storage, &temporary, VOLUME_RECORD, &record)

@@ -21,6 +21,7 @@ use std::{
 use uuid::Uuid;
 
 use super::{
+    copy::{copy_blocks, pieces},
     device::{Backend, Volume},
     disk::Disk,
     layer::{self, Layer},
@@ -37,8 +38,8 @@ use crate::{
     },
     device::BlockDevice,
     error::{Error, Result},
-    exec::{blocking::Executor, buffer::AlignedBuffer, storage::StorageFile, view::View},
-    units::{Block, BlockCount, BlockRange},
+    exec::{blocking::Executor, storage::StorageFile, view::View},
+    units::{BLOCK_SIZE, Block, BlockCount, BlockRange},
 };
 
 /// Blocks that are brought up between two looks at what else wants to happen: 16 MiB.
@@ -53,6 +54,14 @@ const EPOCH_WAIT_MAX: Duration = Duration::from_secs(10);
 pub(super) struct Candidate {
     pub layer: Uuid,
     pub child: Uuid,
+}
+
+/// Whether a merge has run out of room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    Enough,
+    /// What moved is given back after every step.
+    Short,
 }
 
 /// How far a merge got.
@@ -191,18 +200,14 @@ impl Disk {
         from: CopySource,
         reclaimed: Option<Slot>,
     ) -> Result<()> {
-        let mut start = blocks.start;
-        while start < blocks.end() {
-            let count = blocks.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
-            let piece = BlockRange { start, count };
+        for piece in pieces(blocks, COPY_BLOCKS_MAX) {
             match (executor.copy_up(piece, from), reclaimed) {
                 (Err(Error::NoSpace { .. }), Some(slot)) => {
                     self.give_back_below_head(executor, slot)?;
-                    executor.copy_up(piece, from)?;
+                    self.with_reserve(|| executor.copy_up(piece, from))?;
                 }
                 (other, _) => other?,
             }
-            start = piece.end();
         }
         Ok(())
     }
@@ -240,25 +245,32 @@ impl Disk {
             return Err(Error::Failed { reason: fault.as_str().into() });
         }
         if data_blocks(&upper.index) < visible_blocks(&lower, &upper) {
-            return self.fold(lower, &upper, go_on);
+            return self.fold(lower, upper, go_on);
         }
         let end = lower.index.block_count().0.min(upper.index.block_count().0);
-        let mut at = 0;
+        let (mut at, mut room) = (0, self.room());
         while at < end {
             if !go_on() {
                 let _life = self.life();
                 self.replace_map(&mut upper)?;
                 return Ok(Progress::Stopped);
             }
-            let batch = BlockRange::new(at, BATCH_BLOCKS.min(end - at));
-            match merge_batch(&lower, &upper, batch) {
-                Err(Error::NoSpace { .. }) => {
-                    self.give_back_below_frozen(&lower, &mut upper)?;
-                    merge_batch(&lower, &upper, batch)?;
+            let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
+            match (merge_batch(&lower, &upper, batch), room) {
+                (Ok(copied), room) => {
+                    at = batch.end().0;
+                    if copied && room == Room::Short {
+                        self.give_back_below_frozen(&lower, &mut upper, batch)?;
+                    }
                 }
-                other => other?,
+                (Err(Error::NoSpace { .. }), Room::Enough) => {
+                    room = Room::Short;
+                    let all = BlockRange::new(0, end);
+                    self.give_back_below_frozen(&lower, &mut upper, all)?;
+                    self.reserve.give_up();
+                }
+                (Err(error), _) => return Err(error),
             }
-            at = batch.end().0;
         }
         let _life = self.life();
         self.replace_map(&mut upper)?;
@@ -275,16 +287,34 @@ impl Disk {
         Ok(())
     }
 
-    /// Let every volume read from `upper` what came up into it, then punch it below.
-    fn give_back_below_frozen(&self, lower: &Layer, upper: &mut Layer) -> Result<()> {
+    /// Short from the start where the reserve was given up before: copying must not use up what maps and records need.
+    pub(super) fn room(&self) -> Room {
+        match self.reserve.admit() {
+            Ok(()) => Room::Enough,
+            Err(_) => Room::Short,
+        }
+    }
+
+    /// Blocks of one step. On a full disk a part of what is free, so that the maps of the step find room as well.
+    pub(super) fn step_blocks(&self, room: Room) -> u64 {
+        match room {
+            Room::Enough => BATCH_BLOCKS,
+            Room::Short => {
+                let free = self.storage.free_bytes().unwrap_or(0);
+                (free / 4 / BLOCK_SIZE).clamp(1, BATCH_BLOCKS)
+            }
+        }
+    }
+
+    /// Let every volume read from `upper` what came up into it, then punch these blocks below where it has them.
+    fn give_back_below_frozen(&self, lower: &Layer, upper: &mut Layer, blocks: BlockRange) -> Result<()> {
         let _life = self.life();
         self.replace_map(upper)?;
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
         if self.wait_for_readers(&executors) {
-            let all = BlockRange { start: Block(0), count: upper.index.block_count() };
-            for (run, _) in upper.index.runs(all).filter(|(_, state)| *state != BlockState::Absent) {
+            for (run, _) in upper.index.runs(blocks).filter(|(_, state)| *state != BlockState::Absent) {
                 punch(&*lower.data, run);
             }
         }
@@ -331,7 +361,7 @@ impl Disk {
     pub(super) fn refresh(&self, volume: &Volume) -> Result<()> {
         let Backend::Live(executor) = &volume.backend else { return Ok(()) };
         let record = volume.record();
-        let frozen = self.tree().frozen(&*self.storage, &record, record.parent(record.head))?;
+        let frozen = self.frozen(&record, record.parent(record.head))?;
         executor.republish(|view| {
             let base = view.base.clone().filter(|_| record.image.is_some());
             let base_len = base.as_ref().map_or(crate::units::ByteLen(0), |base| base.len());
@@ -354,7 +384,7 @@ impl Disk {
     }
 
     /// Wait until [`Disk::no_readers`]; `false`: there still are some.
-    fn wait_for_readers(&self, executors: &[&Executor]) -> bool {
+    pub(super) fn wait_for_readers(&self, executors: &[&Executor]) -> bool {
         let deadline = Instant::now() + EPOCH_WAIT_MAX;
         loop {
             if self.no_readers(executors) {
@@ -399,33 +429,23 @@ fn wanted(index: &Index, slot: Slot, batch: BlockRange) -> Vec<BlockRange> {
         .collect()
 }
 
-/// Copy what `upper` does not know from `lower`, and mark it in memory.
-fn merge_batch(lower: &Layer, upper: &Layer, batch: BlockRange) -> Result<()> {
+/// Copy what `upper` does not know from `lower`, and mark it in memory. Whether that was anything.
+fn merge_batch(lower: &Layer, upper: &Layer, batch: BlockRange) -> Result<bool> {
     let absent: Vec<BlockRange> = upper
         .index
         .runs(batch)
         .filter(|(_, state)| *state == BlockState::Absent)
         .map(|(run, _)| run)
         .collect();
+    let mut copied = false;
     for (run, state) in absent.into_iter().flat_map(|run| lower.index.runs(run)) {
         if state == BlockState::Data {
             copy_blocks(&*lower.data, &*upper.data, run)?;
+            copied = true;
         }
         upper.index.set(run, state);
     }
-    Ok(())
-}
-
-pub(super) fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: BlockRange) -> Result<()> {
-    let mut start = run.start;
-    while start < run.end() {
-        let count = run.end().since(start).min(BlockCount(COPY_BLOCKS_MAX));
-        let mut buffer = AlignedBuffer::new(count.len().as_usize());
-        from.read_at(&mut buffer, start.offset().0)?;
-        to.write_at(&buffer, start.offset().0)?;
-        start = start.plus(count);
-    }
-    Ok(())
+    Ok(copied)
 }
 
 /// Give space back; what cannot be given back is given back with the file.

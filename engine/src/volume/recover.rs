@@ -39,7 +39,7 @@ pub struct RecoveredLayer {
     pub layer: Uuid,
     /// What was wrong with it.
     pub reason: String,
-    /// Ranges whose content is a guess now.
+    /// Ranges whose content is a guess now, or may be older than what was acknowledged before the fault.
     pub guessed: Vec<ByteRange>,
 }
 
@@ -59,10 +59,17 @@ impl Disk {
         };
         // A head that takes writes is whole, and its files are being written to.
         let whole = open.as_ref().is_some_and(|volume| volume.live().is_ok()).then_some(record.head);
+        let uncertain = open.as_ref().and_then(|volume| volume.executor()?.uncertain().cloned());
         let mut layers = Vec::new();
         for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
             let log_len = if layer.uuid == record.head { LogLen::LIVE } else { LogLen::Sealed };
-            layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
+            let mut found = recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?;
+            if let Some(found) = found.as_mut().filter(|_| layer.uuid == record.head) {
+                found
+                    .guessed
+                    .extend(uncertain.iter().flat_map(|blocks| blocks.iter()).map(BlockRange::bytes));
+            }
+            layers.extend(found);
             self.tree().forget_indexes(layer.uuid);
         }
         if let Some(reason) = open.as_ref().and_then(|volume| volume.live().err())

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::{
     device::Volume,
+    disk::Disk,
     layer::{self, Layer},
     record::VolumeRecord,
 };
@@ -22,10 +23,7 @@ use crate::{
         plan::Index,
     },
     error::Result,
-    exec::{
-        storage::{Storage, StorageFile},
-        view::LayerFiles,
-    },
+    exec::{storage::StorageFile, view::LayerFiles},
 };
 
 /// A stack of frozen layers.
@@ -88,52 +86,6 @@ impl Tree {
         self.slots.get(&layer).map(|(slot, _)| *slot)
     }
 
-    /// The index over `top` and everything below it; over nothing for `None`.
-    pub fn frozen(
-        &mut self,
-        storage: &dyn Storage,
-        record: &VolumeRecord,
-        top: Option<Uuid>,
-    ) -> Result<Frozen> {
-        let Some(top) = top else {
-            return Ok(Frozen { index: FrozenIndex::empty(), files: LayerFiles::default(), fault: None });
-        };
-        if let Some(known) = self.frozen.get(&top) {
-            return Ok(known.clone());
-        }
-        let mut built = Frozen { index: FrozenIndex::empty(), files: LayerFiles::default(), fault: None };
-        let mut files = Vec::new();
-        for uuid in record.chain(top).into_iter().rev() {
-            let Layer { data, index, lost, fault, .. } = layer::open(storage, uuid)?;
-            let slot = self.slot(uuid, &data);
-            built.index = built.index.overlaid(&index, slot, &lost);
-            // A mark of a failed medium says nothing of a layer that was whole when it was frozen.
-            built.fault = built.fault.or(fault.filter(|_| !lost.is_empty()));
-            files.push((slot, data));
-        }
-        built.files = LayerFiles::new(files);
-        self.frozen.insert(top, built.clone());
-        Ok(built)
-    }
-
-    /// The index after a head is frozen on top of `below`. The head must not change any more.
-    pub fn freeze(
-        &mut self,
-        below: &Frozen,
-        head: Uuid,
-        index: &HeadIndex,
-        data: &Arc<dyn StorageFile>,
-    ) -> Frozen {
-        let slot = self.slot(head, data);
-        let frozen = Frozen {
-            index: below.index.overlaid(index, slot, &[]),
-            files: below.files.with(&LayerFiles::new(vec![(slot, data.clone())])),
-            fault: below.fault.clone(),
-        };
-        self.frozen.insert(head, frozen.clone());
-        frozen
-    }
-
     /// Forget the indexes that know `layer`, because its content moved; those who follow them go on.
     pub fn forget_indexes(&mut self, layer: Uuid) {
         if let Some(slot) = self.known_slot(layer) {
@@ -166,5 +118,48 @@ impl Tree {
     pub fn no_views(&mut self) -> bool {
         self.views.retain(|view| view.strong_count() > 0);
         self.views.is_empty()
+    }
+}
+
+impl Disk {
+    /// The index over `top` and everything below it; over nothing for `None`. Called under the `life` lock, which keeps
+    /// maps and records as they are; the tree is not locked while maps are read, so that whoever only looks a volume up
+    /// does not wait for them.
+    pub(super) fn frozen(&self, record: &VolumeRecord, top: Option<Uuid>) -> Result<Frozen> {
+        let mut built = Frozen { index: FrozenIndex::empty(), files: LayerFiles::default(), fault: None };
+        let Some(top) = top else { return Ok(built) };
+        if let Some(known) = self.tree().frozen.get(&top) {
+            return Ok(known.clone());
+        }
+        let mut files = Vec::new();
+        for uuid in record.chain(top).into_iter().rev() {
+            let Layer { data, index, lost, fault, .. } = layer::open(&*self.storage, uuid)?;
+            let slot = self.tree().slot(uuid, &data);
+            built.index = built.index.overlaid(&index, slot, &lost);
+            // A mark of a failed medium says nothing of a layer that was whole when it was frozen.
+            built.fault = built.fault.or(fault.filter(|_| !lost.is_empty()));
+            files.push((slot, data));
+        }
+        built.files = LayerFiles::new(files);
+        self.tree().frozen.insert(top, built.clone());
+        Ok(built)
+    }
+
+    /// The index after a head is frozen on top of `below`. The head must not change any more.
+    pub(super) fn freeze_over(
+        &self,
+        below: &Frozen,
+        head: Uuid,
+        index: &HeadIndex,
+        data: &Arc<dyn StorageFile>,
+    ) -> Frozen {
+        let slot = self.tree().slot(head, data);
+        let frozen = Frozen {
+            index: below.index.overlaid(index, slot, &[]),
+            files: below.files.with(&LayerFiles::new(vec![(slot, data.clone())])),
+            fault: below.fault.clone(),
+        };
+        self.tree().frozen.insert(head, frozen.clone());
+        frozen
     }
 }

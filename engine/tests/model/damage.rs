@@ -6,15 +6,17 @@ use bedplate_engine::{
     cow::{
         BlockState, LEAF_BLOCKS,
         changes::Changes,
+        frozen::{FrozenIndex, Slot, Value},
         head::HeadIndex,
         map::{
+            MAP_LOG_MAX,
             checkpoint::{self, LogLen},
-            log::{self, LOG_SECTOR_LEN, LogEnd, Replayed},
+            log::{self, ENTRIES_PER_SECTOR, LOG_SECTOR_LEN, LogEnd, Replayed},
         },
     },
     error::Corruption,
     exec::simulated::Seed,
-    units::{BlockCount, BlockRange},
+    units::{Block, BlockCount, BlockRange},
 };
 use uuid::Uuid;
 
@@ -93,8 +95,7 @@ fn check(expected: &HeadIndex, found: Result<(HeadIndex, Replayed), Corruption>,
             // Every block of the run has to be lost.
             let mut at = run.start.0;
             while at < run.end().0 {
-                let lost =
-                    replayed.lost.iter().find(|range| range.contains(bedplate_engine::units::Block(at)));
+                let lost = replayed.lost.iter().find(|range| range.contains(Block(at)));
                 let Some(lost) = lost else {
                     panic!("{what}: block {at} is {found:?} instead of {right:?} and not lost");
                 };
@@ -160,6 +161,59 @@ fn two_damaged_sectors_of_the_log_are_never_taken_for_a_torn_tail() {
             assert_eq!(verdict, if first == second { Verdict::Same } else { Verdict::Lost });
         }
     }
+}
+
+/// A map with the longest log there is, full of records of as many single blocks as a sector takes. Blocks between them
+/// are in no record.
+fn with_the_longest_log() -> Map {
+    let records = MAP_LOG_MAX / LOG_SECTOR_LEN as u64;
+    let blocks = records * ENTRIES_PER_SECTOR as u64 * 2;
+    let index = HeadIndex::new(BlockCount(blocks));
+    let log_len = LogLen::Live { least: MAP_LOG_MAX };
+    let (bytes, header) = checkpoint::encode(Uuid::from_u128(9), 3, 40, &index, log_len);
+    let log_at = bytes.len();
+    let mut map = Map { bytes, index, end: LogEnd::start(&header), log_at };
+    map.bytes.resize(log_at + usize::try_from(header.log_len).expect("small"), 0);
+    for record in 0..records {
+        // Far apart, so that what is lost falls to pieces all over the volume.
+        let runs = (0..ENTRIES_PER_SECTOR as u64).map(|n| ((n * records + record) * 2, 1, BlockState::Data));
+        map.commit(&runs.collect::<Vec<_>>());
+    }
+    assert_eq!(map.end.room(), 0);
+    map
+}
+
+#[test]
+fn the_longest_log_damaged_at_its_start_opens_with_every_later_record_and_ends() {
+    let mut map = with_the_longest_log();
+    map.bytes[map.log_at + 100] ^= 1;
+    let (index, replayed) = decode(&map.bytes).expect("the header is whole");
+    assert!(replayed.damage.is_some());
+    // All but the first record's blocks are known, and nothing in between is.
+    let known = map.end.used * ENTRIES_PER_SECTOR as u64 - ENTRIES_PER_SECTOR as u64;
+    let lost: u64 = replayed.lost.iter().map(|range| range.count.0).sum();
+    assert_eq!(lost, index.block_count().0 - known);
+    assert!(replayed.lost.is_sorted_by(|a, b| a.end() < b.start));
+    let frozen = FrozenIndex::empty().overlaid(&index, Slot(0), &replayed.lost);
+    assert_eq!(frozen.value(Block(0)), Value::Lost(Slot(0)), "of the damaged record");
+    assert_eq!(frozen.value(Block(2)), Value::Data(Slot(0)), "of the second record");
+    assert_eq!(frozen.value(Block(3)), Value::Lost(Slot(0)), "of no record");
+}
+
+#[test]
+fn the_longest_log_in_which_every_other_record_is_damaged_opens_and_ends() {
+    let mut map = with_the_longest_log();
+    for sector in (0..usize::try_from(map.end.used).expect("small")).step_by(2) {
+        map.bytes[map.log_at + sector * LOG_SECTOR_LEN + 100] ^= 1;
+    }
+    let (index, replayed) = decode(&map.bytes).expect("the header is whole");
+    // Only the last record has nothing damaged behind it.
+    let lost: u64 = replayed.lost.iter().map(|range| range.count.0).sum();
+    assert_eq!(lost, index.block_count().0 - ENTRIES_PER_SECTOR as u64);
+    let frozen = FrozenIndex::empty().overlaid(&index, Slot(0), &replayed.lost);
+    let last = Block((map.end.used - 1) * 2);
+    assert_eq!(frozen.value(last), Value::Data(Slot(0)));
+    assert_eq!(frozen.value(Block(2)), Value::Lost(Slot(0)));
 }
 
 #[test]
@@ -232,6 +286,56 @@ fn a_torn_record_never_goes_on_in_what_another_torn_one_left() {
         let what = format!("{sectors} sectors");
         assert_eq!(check(&before, decode(&map.bytes), &what), Verdict::Same, "{what}");
     }
+}
+
+/// Append a record of `sectors` sectors of which only those in the mask `kept` reached the medium. Whether all did.
+fn commit_torn(map: &mut Map, first: u64, sectors: u64, kept: u32) -> bool {
+    let (end, index) = (map.end, decode(&map.bytes).expect("whole").0);
+    let start = map.log_at + usize::try_from(end.offset()).expect("small");
+    let before = map.bytes.clone();
+    map.commit(&Map::scattered(first, sectors));
+    let count = usize::try_from(sectors).expect("small");
+    for sector in (0..count).filter(|sector| kept >> sector & 1 == 0) {
+        let at = start + sector * LOG_SECTOR_LEN;
+        map.bytes[at..at + LOG_SECTOR_LEN].copy_from_slice(&before[at..at + LOG_SECTOR_LEN]);
+    }
+    let whole = kept == (1 << count) - 1;
+    if !whole {
+        (map.end, map.index) = (end, index);
+    }
+    whole
+}
+
+#[test]
+fn a_tail_that_stays_after_an_opening_is_never_taken_for_a_record_whatever_is_appended_and_torn_after_it() {
+    let mut histories = 0;
+    // Two openings that each leave what a torn record left, then whole records over it, then one more torn one.
+    for (stale, other) in [(4u64, 1u64), (4, 3), (3, 4)] {
+        for (kept, other_kept) in
+            (0..(1u32 << stale) - 1).flat_map(|a| (0..(1u32 << other) - 1).map(move |b| (a, b)))
+        {
+            for whole in [&[][..], &[1], &[2], &[1, 1], &[3, 1]] {
+                for (last, last_kept) in
+                    [1u64, 2, 3].into_iter().flat_map(|n| (0..1u32 << n).map(move |k| (n, k)))
+                {
+                    let mut map = Map::new();
+                    map.commit(&[(500, 8, BlockState::Data)]);
+                    commit_torn(&mut map, 1000, stale, kept);
+                    commit_torn(&mut map, 3000, other, other_kept);
+                    for (n, sectors) in whole.iter().zip(0u64..) {
+                        assert!(commit_torn(&mut map, 5000 + sectors * 1000, *n, (1 << n) - 1));
+                    }
+                    commit_torn(&mut map, 9000, last, last_kept);
+                    let what = format!(
+                        "{stale} {kept:#b}, {other} {other_kept:#b}, {whole:?}, {last} {last_kept:#b}"
+                    );
+                    assert_eq!(check(&map.index, decode(&map.bytes), &what), Verdict::Same, "{what}");
+                    histories += 1;
+                }
+            }
+        }
+    }
+    println!("{histories} histories");
 }
 
 #[test]

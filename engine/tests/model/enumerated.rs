@@ -23,7 +23,7 @@ use crate::{
     setting,
 };
 
-const SIZE: u64 = 3 * 4096 + 1536;
+pub const SIZE: u64 = 3 * 4096 + 1536;
 const IMAGE: u64 = 2 * 4096 + 1024;
 /// A log this short makes a checkpoint part of many workloads.
 const LOG_LEN: u64 = 512 * 5;

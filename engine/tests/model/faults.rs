@@ -4,6 +4,7 @@
 //! fails what needs room and nothing else (invariant 8).
 
 use std::{
+    collections::BTreeSet,
     io::ErrorKind,
     sync::{
         Arc,
@@ -13,11 +14,11 @@ use std::{
 
 use bedplate_engine::{
     cow::core::{Op, Synced},
-    device::{BlockDevice, Durability},
+    device::{BlockDevice, Durability, ExtentKind},
     error::{Error, Result},
     exec::{
         head::{data_path, failed_path},
-        simulated::{Event, Move, Simulated, Tag},
+        simulated::{Event, Move, Planning, Simulated, Tag},
         storage::{
             Storage,
             memory::{Call, CallKind, Fault},
@@ -30,7 +31,7 @@ use bedplate_engine::{
 use crate::{
     cells::{CELL, Cells, Content},
     disk::{self, Stack},
-    enumerated::{Before, Bench, Kind},
+    enumerated::{Before, Bench, Kind, SIZE},
     life::{Images, VOLUME, create_volume},
 };
 
@@ -136,6 +137,112 @@ fn a_sync_that_fails_anywhere_ends_writing_and_loses_nothing_that_was_flushed() 
         }
     }
     println!("{points} failed syncs");
+}
+
+/// Read `range` with the last of its parts after everything else that can happen.
+fn read(bench: &mut Bench, range: ByteRange) -> Result<Vec<u8>> {
+    let tag = bench.sim.read(range, Planning::PartByPart);
+    loop {
+        let found = bench.sim.events().into_iter().find_map(|event| match event {
+            Event::Read { tag: ended, result, .. } if ended == tag => Some(result),
+            Event::Read { .. } | Event::Ended { .. } => None,
+        });
+        match found {
+            Some(result) => return result,
+            None => {
+                let next = bench.sim.moves().first().copied().expect("the read goes on");
+                bench.sim.make(next);
+            }
+        }
+    }
+}
+
+#[test]
+fn after_a_failed_sync_what_changed_since_the_last_commit_fails_and_all_else_is_read_as_it_is() {
+    let volatile = Durability::Volatile;
+    let workload = [
+        (write(4096, 4096, volatile), Content::Stamped),
+        (Op::Flush, Content::Zeros),
+        // In place, which changes no map.
+        (write(4096 + 512, 1024, volatile), Content::Stamped),
+        (Op::Flush, Content::Zeros),
+        (discard(8192, 4096), Content::Zeros),
+        (write(0, 512, Durability::Fua), Content::Stamped),
+        (write(4096, 512, volatile), Content::Stamped),
+        (write(8192, 512, volatile), Content::Stamped),
+        (write(8192 + 1024, 512, volatile), Content::Stamped),
+        (Op::Flush, Content::Zeros),
+    ];
+    let (mut refused, mut shown) = (0, 0);
+    for fault in [Fault::Error(ErrorKind::Other), Fault::Dropped] {
+        for before in [Before::Absent, Before::Data, Before::Zero, Before::Frozen] {
+            for nth in 0.. {
+                let mut bench = Bench::new(before, 512);
+                let hit = fail_nth(&bench, CallKind::Sync, nth, fault);
+                let mut changed: BTreeSet<u64> = BTreeSet::new();
+                for (op, content) in workload {
+                    let sound = bench.sim.core().failed().is_none();
+                    if let Op::Write { range, .. } | Op::Zero { range, .. } = op
+                        && sound
+                    {
+                        let blocks = range.blocks_touched();
+                        changed.extend(blocks.start.0..blocks.end().0);
+                    }
+                    let durable = matches!(op, Op::Flush | Op::Write { durability: Durability::Fua, .. });
+                    if attempt(&mut bench, op, content).is_ok() && durable {
+                        changed.clear();
+                    }
+                }
+                let failed = bench.sim.core().failed().is_some();
+                for sector in 0..bench.stack.size / 512 {
+                    let range = ByteRange::new(sector * 512, 512);
+                    let what = format!("{fault:?} {before:?} sync {nth}: {range}");
+                    let since = bench.model.now();
+                    match read(&mut bench, range) {
+                        Ok(bytes) => {
+                            bench
+                                .model
+                                .check_read(range, &bytes, since)
+                                .unwrap_or_else(|e| panic!("{what}: {e}"));
+                            assert!(!failed || !changed.contains(&range.start.block().0), "{what} is shown");
+                            shown += 1;
+                        }
+                        Err(Error::Lost { .. }) => {
+                            assert!(failed && changed.contains(&range.start.block().0), "{what} is refused");
+                            refused += 1;
+                        }
+                        Err(error) => panic!("{what}: {error}"),
+                    }
+                }
+                if !hit.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        }
+    }
+    assert!(refused > 0 && shown > 0);
+    println!("{shown} sectors shown, {refused} refused");
+}
+
+#[test]
+fn when_the_first_sync_after_a_kill_fails_nothing_that_the_killed_process_may_have_written_is_read() {
+    for (before, second) in [(Before::Absent, 2 * 4096), (Before::Data, SIZE)] {
+        let mut bench = Bench::new(before, 512);
+        attempt(&mut bench, write(0, 8192, Durability::Fua), Content::Stamped).expect("no faults");
+        // In place: only the killed process knew where.
+        attempt(&mut bench, write(4096, 512, Durability::Volatile), Content::Stamped).expect("no faults");
+        let storage = Arc::new(bench.storage.kill());
+        let sim = disk::open(&storage, &bench.stack, Synced::No).expect("no faults");
+        bench = Bench { storage, sim, ..bench };
+        let hit = fail_nth(&bench, CallKind::Sync, 0, Fault::Dropped);
+        attempt(&mut bench, Op::Flush, Content::Zeros).expect_err("the data sync fails");
+        assert!(hit.load(Ordering::Relaxed));
+        for sector in 0..SIZE / 512 {
+            let found = read(&mut bench, ByteRange::new(sector * 512, 512));
+            let lost = matches!(found, Err(Error::Lost { .. }));
+            assert_eq!(lost, sector * 512 < second, "{before:?} sector {sector}: {found:?}");
+        }
+    }
 }
 
 #[test]
@@ -343,6 +450,20 @@ fn a_volume_whose_sync_failed_stays_read_only_over_restarts_until_it_is_recovere
             assert!(matches!(volume.flush(), Err(Error::Failed { .. })), "a flush cannot be repeated");
             assert!(matches!(volume.state(), VolumeState::ReadOnly { .. }));
             storage.clear_faults();
+            let mut found = vec![0; 4096];
+            volume.read_at(&mut found, 4096).expect("what was flushed is read");
+            assert_eq!(found, old);
+            let lost = volume.read_at(&mut found, 8192 + 512);
+            assert!(matches!(&lost, Err(Error::Lost { .. })), "{lost:?}");
+            assert!(
+                lost.is_err_and(|error| error.to_string().contains("volume recover")),
+                "the way out is named"
+            );
+            let all = volume.extents(ByteRange::new(0, 12288)).expect("known");
+            let end = all.last().expect("a run").range.end();
+            assert!(end.0 <= 8192, "what is not known is no hole: {all:?}");
+            let there = volume.extents(ByteRange::new(8192, 4096)).expect("known");
+            assert_eq!(there[0].kind, ExtentKind::Data);
             drop(volume);
             drop(disk);
             let mut storage = Arc::new(storage.kill());

@@ -15,7 +15,7 @@ use std::{
 
 use bedplate_engine::{
     device::{BlockDevice, Durability},
-    error::Result,
+    error::{Error, Result},
     exec::{
         simulated::Seed,
         storage::{
@@ -173,8 +173,26 @@ fn check_device(device: &dyn BlockDevice, cells: &mut Cells, what: &str) -> Resu
         return Err(format!("{what} has {size} bytes instead of {}", cells.size()));
     }
     let mut bytes = vec![0; usize::try_from(size).expect("a small volume")];
-    device.read_at(&mut bytes, 0).map_err(|e| format!("{what}: {e}"))?;
+    match device.read_at(&mut bytes, 0) {
+        Err(Error::Lost { .. }) => return check_readable(device, cells).map_err(|e| format!("{what}: {e}")),
+        other => other.map_err(|e| format!("{what}: {e}"))?,
+    }
     cells.crashed(&bytes).map_err(|e| format!("{what}: {e}"))
+}
+
+/// Check what a volume whose layer failed still shows; the rest is refused.
+fn check_readable(device: &dyn BlockDevice, cells: &mut Cells) -> Result<(), String> {
+    let since = cells.now();
+    for sector in 0..cells.size() / SECTOR_SIZE {
+        let range = ByteRange::new(sector * SECTOR_SIZE, SECTOR_SIZE);
+        let mut bytes = [0; 512];
+        match device.read_at(&mut bytes, range.start.0) {
+            Ok(()) => cells.check_read(range, &bytes, since)?,
+            Err(Error::Lost { .. }) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    Ok(())
 }
 
 /// Nothing is left that no record names.

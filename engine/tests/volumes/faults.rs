@@ -5,21 +5,26 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
+        mpsc,
     },
+    time::Duration,
 };
 
 use bedplate_engine::{
     device::{BlockDevice, Durability},
     error::Error,
-    exec::storage::{
-        Open, Storage,
-        memory::{CallKind, Fault, MemoryStorage},
+    exec::{
+        pauses::Pauses,
+        storage::{
+            Open, Storage,
+            memory::{CallKind, Effect, Fault, MemoryStorage},
+        },
     },
-    units::ByteLen,
-    volume::{disk::Disk, life::Origin},
+    units::{ByteLen, ByteRange},
+    volume::{device::VolumeState, disk::Disk, life::Origin},
 };
 
-use crate::util::Images;
+use crate::util::{Images, content};
 
 fn open(storage: &Arc<MemoryStorage>) -> Arc<Disk> {
     Disk::open_storage(storage.clone(), Arc::<Images>::default()).expect("the disk opens")
@@ -31,6 +36,12 @@ fn disk(size: u64) -> (Arc<MemoryStorage>, Arc<Disk>) {
     let disk = open(&storage);
     disk.create_volume("v", Origin::Empty, Some(ByteLen(size))).expect("created");
     (storage, disk)
+}
+
+/// Bytes taken by anything but the reserve.
+fn used(storage: &MemoryStorage) -> u64 {
+    let reserve = storage.open("reserve", Open::Read).expect("there");
+    storage.used_bytes() - reserve.len().expect("known")
 }
 
 fn first_byte(disk: &Disk) -> u8 {
@@ -56,6 +67,44 @@ fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
     assert_eq!(first_byte(&open(&Arc::new(storage.kill()))), 7);
 }
 
+/// Write the first sector's worth of entries of a record, and `last` into its second sector; of the record only the
+/// sector with this number in the log reaches the medium before the machine dies.
+fn flush_torn(storage: &Arc<MemoryStorage>, disk: &Disk, last: u64, kept: u64) -> Arc<MemoryStorage> {
+    const LOG_FIRST_SECTOR: u64 = 4096 / 512;
+    let volume = disk.volume("v").expect("there");
+    for run in (0..39).map(|n| n * 2).chain([last]) {
+        volume.write_at(&[9; 4096], run * 4096, Durability::Volatile).expect("written");
+    }
+    let mut dead = false;
+    storage.set_faults(move |call| {
+        dead |= call.kind == CallKind::Sync && call.path.contains("/map");
+        dead.then_some(Fault::Error(ErrorKind::Other))
+    });
+    volume.flush().expect_err("the machine dies");
+    Arc::new(storage.crash(|effect, outcomes| match effect {
+        Effect::Sector { sector, .. } if sector == LOG_FIRST_SECTOR + kept => outcomes - 1,
+        Effect::Sector { .. } | Effect::Length { .. } | Effect::Name { .. } => 0,
+    }))
+}
+
+#[test]
+fn a_record_that_begins_like_an_earlier_torn_one_does_not_bring_that_ones_end_back() {
+    let block = |disk: &Disk, n: u64| {
+        let mut bytes = [0];
+        disk.volume("v").expect("there").read_at(&mut bytes, n * 4096).expect("read");
+        bytes[0]
+    };
+    let (storage, made) = disk(1 << 20);
+    let storage = flush_torn(&storage, &made, 100, 1);
+    let disk = open(&storage);
+    assert_eq!(block(&disk, 100), 0, "the record was torn");
+    disk.volume("v").expect("there").flush().expect("what is read now stays");
+    let storage = flush_torn(&storage, &disk, 200, 0);
+    let disk = open(&storage);
+    assert_eq!(disk.volume("v").expect("there").state(), VolumeState::Ready);
+    assert_eq!((block(&disk, 100), block(&disk, 200)), (0, 0));
+}
+
 #[test]
 fn a_resize_that_finds_no_room_for_its_record_leaves_the_volume_as_it_was_and_writable() {
     let (storage, disk) = disk(65536);
@@ -72,6 +121,73 @@ fn a_resize_that_finds_no_room_for_its_record_leaves_the_volume_as_it_was_and_wr
     disk.resize("v", ByteLen(1 << 20)).expect("there is room now");
 }
 
+/// Calls of `work` that wait for the medium.
+fn syncs_of(storage: &MemoryStorage, work: impl FnOnce()) -> u32 {
+    let count = Arc::new(AtomicU32::new(0));
+    let seen = count.clone();
+    storage.set_faults(move |call| {
+        if matches!(call.kind, CallKind::Sync | CallKind::SyncDir) {
+            seen.fetch_add(1, Ordering::Relaxed);
+        }
+        None
+    });
+    work();
+    storage.clear_faults();
+    count.load(Ordering::Relaxed)
+}
+
+#[test]
+fn creating_a_volume_takes_six_syncs_whatever_its_size_and_cloning_a_snapshot_no_more() {
+    let (storage, disk) = disk(65536);
+    for size in [1 << 20, 1 << 40] {
+        let create = || {
+            disk.create_volume(&format!("v{size}"), Origin::Empty, Some(ByteLen(size))).expect("created");
+        };
+        // The map, the layer's directory, the layers'; the record, its directory, the volumes'.
+        assert_eq!(syncs_of(&storage, create), 6);
+    }
+    disk.create_snapshot("v", "s").expect("taken");
+    assert_eq!(syncs_of(&storage, || drop(disk.clone_volume("v", Some("s"), "c").expect("cloned"))), 6);
+}
+
+#[test]
+fn the_pause_of_a_snapshot_is_measured_and_a_volume_that_had_none_says_so() {
+    let (_, disk) = disk(65536);
+    let volume = disk.volume("v").expect("there");
+    assert_eq!(volume.info().pauses, Pauses::default());
+    let info = disk.create_snapshot("v", "s").expect("taken");
+    assert_eq!(info.pauses.count, 1);
+    assert!(info.pauses.last > Duration::ZERO && info.pauses.longest == info.pauses.total);
+    disk.clone_volume("v", None, "c").expect("cloned");
+    assert_eq!((volume.info().pauses.count, disk.volume("c").expect("there").info().pauses.count), (2, 0));
+}
+
+#[test]
+fn a_volume_is_looked_up_while_the_maps_of_another_are_being_read() {
+    let (storage, made) = disk(65536);
+    made.create_snapshot("v", "old").expect("taken");
+    made.create_snapshot("v", "new").expect("taken");
+    drop(made);
+    let storage = Arc::new(storage.kill());
+    let disk = open(&storage);
+    let (looked_up, waited) = mpsc::channel();
+    let other = disk.clone();
+    storage.set_faults(move |call| {
+        if call.kind == CallKind::Read && call.path.ends_with("/map") {
+            let (other, found) = (other.clone(), mpsc::channel());
+            std::thread::spawn(move || found.0.send(other.volume("v").is_ok()));
+            // Told only while the map is being read: this call waits for it.
+            let _ = looked_up.send(found.1.recv_timeout(Duration::from_secs(10)));
+        }
+        None
+    });
+    // Its index was not needed so far.
+    drop(disk.view("v", Some("old")).expect("viewed"));
+    storage.clear_faults();
+    let found: Vec<_> = waited.try_iter().collect();
+    assert!(!found.is_empty() && found.iter().all(|found| *found == Ok(true)), "{found:?}");
+}
+
 #[test]
 fn a_full_disk_flushes_discards_and_deletes_a_snapshot() {
     let storage = Arc::new(MemoryStorage::new(512));
@@ -86,9 +202,57 @@ fn a_full_disk_flushes_discards_and_deletes_a_snapshot() {
     volume.flush().expect("what was acknowledged is flushed");
     disk.delete_snapshot("v", "s").expect("deleted");
     disk.reclaim(|| true).expect("reclaimed");
-    volume.discard(bedplate_engine::units::ByteRange::new(0, 1 << 20)).expect("discarded");
+    volume.discard(ByteRange::new(0, 1 << 20)).expect("discarded");
     volume.flush().expect("flushed");
     volume.write_at(&[3; 4096], 0, Durability::Fua).expect("there is room again");
+}
+
+#[test]
+fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_crash_at_any_step_loses_nothing()
+{
+    const BLOCKS: u64 = 1024;
+    let storage = Arc::new(MemoryStorage::new(512));
+    storage.limit(3 << 20);
+    let made = open(&storage);
+    made.create_volume("v", Origin::Empty, Some(ByteLen(BLOCKS * 4096))).expect("created");
+    let volume = made.volume("v").expect("there");
+    let write = |block: u64, value: u8| volume.write_at(&[value; 4096], block * 4096, Durability::Volatile);
+    // A large layer, and over it a smaller one of which every third block hides one of the large layer's.
+    (0..300).for_each(|n| write(n, 1).expect("there is room"));
+    made.create_snapshot("v", "large").expect("taken");
+    (0..150).for_each(|n| write(if n % 3 == 0 { n } else { 400 + n * 2 }, 2).expect("there is room"));
+    volume.discard(ByteRange::new(200 * 4096, 5 * 4096)).expect("discarded");
+    made.create_snapshot("v", "small").expect("taken");
+    let full = (700..BLOCKS).find_map(|n| write(n, 3).err());
+    assert!(matches!(full, Some(Error::NoSpace { .. })), "{full:?}");
+    volume.flush().expect("a full disk flushes");
+    let contents = |disk: &Disk| {
+        let volume = disk.volume("v").expect("there");
+        [content(&*volume), content(&disk.view("v", Some("small")).expect("viewed"))]
+    };
+    let expected = contents(&made);
+    made.delete_snapshot("v", "large").expect("deleted");
+    let before = used(&storage);
+    storage.record_cuts();
+    made.reclaim(|| true).expect("there is always room for a step");
+    let cuts = storage.take_cuts();
+    let given_back = before - used(&storage);
+    assert!(given_back >= (50 + 5) * 4096, "only {given_back} bytes");
+    assert_eq!(volume.info().layer_count, 2);
+    assert!(contents(&made) == expected);
+    let punched = cuts.len();
+    for (n, cut) in cuts.into_iter().enumerate().filter(|(n, _)| n % 5 == 0 || n + 1 == punched) {
+        for newest in [false, true] {
+            let left = Arc::new(cut.crash(|_, outcomes| if newest { outcomes - 1 } else { 0 }));
+            let disk = open(&left);
+            assert!(contents(&disk) == expected, "cut {n} of {punched}, newest {newest}");
+            if n % 50 == 0 {
+                disk.reclaim(|| true).expect("what is left is done");
+                assert!(contents(&disk) == expected, "cut {n} of {punched}, newest {newest}, reclaimed");
+                assert_eq!(disk.volume("v").expect("there").info().layer_count, 2);
+            }
+        }
+    }
 }
 
 #[test]

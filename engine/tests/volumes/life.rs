@@ -1,12 +1,18 @@
 //! The life of volumes: each operation, and all of them at random.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
 
 use bedplate_engine::{
     device::{BlockDevice, Durability},
     error::Error,
     units::{ByteLen, ByteRange, to_usize},
-    volume::{disk::Disk, life::Origin},
+    volume::{
+        disk::{Disk, Held},
+        life::Origin,
+    },
 };
 
 use crate::util::{Fixture, Rng, assert_same, content};
@@ -51,6 +57,57 @@ fn what_was_written_is_there_after_reopening_and_a_second_opener_is_told_who_hol
     drop((volume, disk));
     let disk = fixture.disk();
     assert_same(&content(&*disk.volume("v").expect("there")), &before, "after reopening");
+}
+
+#[test]
+fn a_disk_stays_locked_while_a_volume_of_it_can_still_be_written_to() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    let volume = disk.volume("v").expect("there");
+    drop(disk);
+    volume.write_at(b"late", 0, Durability::Fua).expect("it still writes");
+    let second = Disk::open(&fixture.path().join("disk"), fixture.images.clone());
+    assert!(matches!(second, Err(Error::InUse { .. })), "{second:?}");
+    drop(volume);
+    assert_eq!(&content(&*fixture.disk().volume("v").expect("there"))[..4], b"late");
+}
+
+#[test]
+fn every_thread_of_a_disk_runs_the_front_ends_hook_before_its_first_job() {
+    static STARTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    fn hook() {
+        let name = std::thread::current().name().unwrap_or_default().to_owned();
+        STARTED.lock().expect("nobody panics with it").push(name);
+    }
+    let fixture = Fixture::new();
+    let held = Held::take(&fixture.path().join("disk")).expect("taken").on_thread_start(hook);
+    let disk = held.serve(fixture.images.clone()).expect("served");
+    // Dropping a disk waits for its threads.
+    drop((held, disk));
+    let mut started = STARTED.lock().expect("nobody panics with it").clone();
+    started.sort();
+    assert_eq!(started, ["housekeeper-0", "housekeeper-1"]);
+}
+
+#[test]
+fn a_disk_that_was_closed_in_the_middle_of_a_checkpoint_opens_again_at_once() {
+    const RUNS: u64 = 11_000;
+    let fixture = Fixture::new();
+    let image = fixture.image(&vec![0; to_usize(RUNS * 2 * 4096)]);
+    fixture.disk().create_volume("v", Origin::Image(image), None).expect("created");
+    for _ in 0..8 {
+        // The fixture panics if the lock is still held.
+        let disk = fixture.disk();
+        let volume = disk.volume("v").expect("there");
+        // Records of single blocks that do not touch, until more than half of the log is used.
+        for n in 0..RUNS {
+            volume.zero(ByteRange::new(n * 2 * 4096, 4096), Durability::Volatile).expect("zeroed");
+        }
+        volume.flush().expect("flushed");
+        drop(disk);
+        drop(volume);
+    }
 }
 
 #[test]

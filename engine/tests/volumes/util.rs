@@ -24,7 +24,9 @@ impl BaseSource for Images {
         let (path, len) = images
             .get(&image.uuid)
             .ok_or_else(|| Error::NotFound { kind: "image", name: image.name.clone() })?;
-        Ok(Arc::new(RawImage::open(path, ByteLen(*len))?))
+        let file =
+            std::fs::File::open(path).map_err(|e| bedplate_engine::error::Error::io("open", path, e))?;
+        Ok(Arc::new(RawImage::new(file, path.clone(), ByteLen(*len))?))
     }
 }
 

@@ -52,9 +52,13 @@ fn a_file_comes_in_with_its_holes_and_becomes_read_only() {
     let odd = content.len() % 512;
     assert!(sector[..odd] == content[content.len() - odd..] && sector[odd..].iter().all(|b| *b == 0));
     let uuid = info.uuid.unwrap();
-    assert_eq!(node.images.raw_file(uuid).unwrap().1, content.len() as u64);
-    let base = node.images.base_path(uuid).unwrap();
-    assert!(std::fs::read(base.path).unwrap() == content && base.sha512 == sha512(&content));
+    assert!(node.images.file_of_content(uuid).unwrap().is_none(), "the device is longer than the file");
+    let (base, sum) = node.images.open_base(uuid).unwrap();
+    let (again, _) = node.images.open_base(uuid).unwrap();
+    assert!(Arc::ptr_eq(&base, &again), "it is in memory once");
+    let mut read = vec![0; content.len()];
+    base.read_at(&mut read, 0).unwrap();
+    assert!(read == content && sum == sha512(&content));
     assert_eq!(node.images.get(&uuid.to_string()).unwrap().name, "a");
 }
 
@@ -114,15 +118,15 @@ pub fn damage_quietly(path: &Path) {
 
 #[test]
 fn formats_that_cannot_be_served_are_refused_before_they_have_arrived() {
-    let mut qcow2 = b"QFI\xfb\0\0\0\x03".to_vec();
-    qcow2.resize(3 << 20, 1);
+    let mut xz = b"\xfd7zXZ\0".to_vec();
+    xz.resize(3 << 20, 1);
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk.qcow2");
-    std::fs::write(&path, &qcow2).unwrap();
+    let path = dir.path().join("disk.raw.xz");
+    std::fs::write(&path, &xz).unwrap();
     let node = Node::new();
     let failed = failure(node.bring("a", path.to_str().unwrap()));
     assert_eq!(failed.code, FailureCode::Unsupported);
-    assert!(failed.message.contains("qcow2 images arrive with the next version"));
+    assert!(failed.message.contains("xz"));
     assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
 }
 

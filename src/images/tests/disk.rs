@@ -193,6 +193,8 @@ fn go_on(disk: &SmallDisk, source: &Path, position: u64, kept_of: &std::fs::Meta
     let spec = Spec {
         dir: held,
         names,
+        source: "x".to_owned(),
+        format: None,
         expected: None,
         size_max: u64::MAX,
         sync_bytes: 1 << 20,
@@ -240,7 +242,7 @@ fn verify_reads_the_medium_and_finds_a_byte_that_changed() {
     assert!(matches!(node.images.open_device("a"), Err(Error::Failed { .. })));
     let node = node.restart();
     assert!(matches!(
-        node.images.base_path(node.images.get("a").unwrap().uuid.unwrap()),
+        node.images.open_base(node.images.get("a").unwrap().uuid.unwrap()),
         Err(Error::Failed { .. })
     ));
     assert_eq!(node.images.get("a").unwrap().size_bytes, Some(2 << 20), "the record tells what it was");

@@ -392,6 +392,7 @@ fn a_job_ends_at_its_deadline() {
         checksum: None,
         disk: None,
         deadline: Some(Duration::from_secs(1)),
+        internal_snapshot: None,
     };
     node.images.create(&request).unwrap();
     let early = node.runtime.block_on(node.images.wait("a", Duration::from_millis(50)));

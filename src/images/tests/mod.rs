@@ -109,6 +109,7 @@ impl Node {
             checksum: checksum.map(str::to_owned),
             disk: None,
             deadline: None,
+            internal_snapshot: None,
         })
     }
 

@@ -161,6 +161,12 @@ fn a_prefix_whose_midstate_is_of_no_use_is_read_again_and_not_fetched() {
 
 #[test]
 fn an_image_that_was_renamed_but_not_recorded_becomes_ready_without_its_source() {
+    for source in [None, Some("upload")] {
+        renamed_but_not_recorded(source);
+    }
+}
+
+fn renamed_but_not_recorded(source: Option<&str>) {
     let content = noise(100_000, 25);
     let origin = Origin::file(&content);
     let node = Node::new();
@@ -171,6 +177,7 @@ fn an_image_that_was_renamed_but_not_recorded_becomes_ready_without_its_source()
     let record = std::fs::read(dir.join("image.json")).unwrap();
     let mut record = ImageRecord::parse(&record, &dir).unwrap();
     record.state = RecordState::InProgress;
+    record.source = source.map_or(record.source, str::to_owned);
     let held = Directory::open(&dir).unwrap();
     held.replace("image.json", &record.to_json()).unwrap();
     let mut hasher = Hasher::new(None);

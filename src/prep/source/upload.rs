@@ -1,6 +1,6 @@
 //! Bytes that somebody sends us, as the body of a request.
 //!
-//! Owns the queue between whoever reads the request and the arrival, bounded by [`PARTS_QUEUED_MAX`], so that a sender is
+//! Owns the queue between whoever reads the request and the arrival, bounded by `PARTS_QUEUED_MAX`, so that a sender is
 //! only ever as fast as the disk. An upload cannot be asked for again: one that breaks off is over, and nothing is kept
 //! of it (see [`Failure::Upload`]).
 
@@ -33,6 +33,16 @@ pub type Parts = Sender<Option<Bytes>>;
 pub struct UploadSource {
     parts: Receiver<Option<Bytes>>,
     runtime: Handle,
+}
+
+/// An upload that the node did not live to see the end of. Only what had arrived as a whole is of use then.
+#[derive(Debug)]
+pub struct LostUpload;
+
+impl Source for LostUpload {
+    fn transfer(&mut self, _: &mut Arrival<'_>) -> Result<()> {
+        Err(Failure::Source("the node was restarted before the upload was whole".to_owned()))
+    }
 }
 
 impl UploadSource {

@@ -35,7 +35,15 @@ pub(super) struct Change {
     lands: Vec<(BlockRange, BlockState)>,
     /// To be given back once the map change is visible.
     punch: Option<BlockRange>,
+    /// Bytes of blocks that were *data* already are written over.
+    in_place: bool,
     error: Option<Error>,
+}
+
+impl Change {
+    pub(super) fn blocks(&self) -> BlockRange {
+        self.blocks
+    }
 }
 
 /// What an action of a change means when it completes.
@@ -137,6 +145,7 @@ impl Core {
             outstanding: 0,
             lands: Vec::new(),
             punch: None,
+            in_place: false,
             error: None,
         };
         self.ops.insert(id, OpState::Change(change));
@@ -147,6 +156,9 @@ impl Core {
 
     /// The change owns its blocks: decide what to do with them.
     fn decide(&mut self, id: OpId, step: &mut Step) {
+        if self.failed().is_some() {
+            return self.end_change(id, step);
+        }
         let index = self.index.clone();
         let Some(OpState::Change(change)) = self.ops.get_mut(&id) else { return };
         change.index = index;
@@ -283,6 +295,9 @@ impl Core {
         lands: Option<BlockRange>,
         step: &mut Step,
     ) {
+        if let Some(OpState::Change(change)) = self.ops.get_mut(&id) {
+            change.in_place |= lands.is_none_or(|blocks| blocks.bytes() != range);
+        }
         self.act_for(id, Pending::Written { lands }, ActionKind::Write { range, payload }, step);
     }
 
@@ -304,9 +319,12 @@ impl Core {
             // Also when it failed: a part of it may have been written.
             self.data_dirty = true;
         }
+        let failed = self.failed().is_some();
         let Some(OpState::Change(change)) = self.ops.get_mut(&id) else { return };
         change.outstanding -= 1;
         match (result, pending) {
+            // The layer takes no more writes: what is under way ends, and writes nothing that it has not yet begun.
+            (Ok(_), Pending::EdgeRead { .. } | Pending::CopyRead { .. }) if failed => {}
             (Ok(_), read @ Pending::EdgeRead { .. }) => self.write_edge(id, read, step),
             (Ok(_), Pending::Written { lands }) => {
                 change.lands.extend(lands.map(|blocks| (blocks, BlockState::Data)));
@@ -331,9 +349,14 @@ impl Core {
 
     /// When nothing is outstanding: make what succeeded visible, give space back, end.
     fn settle(&mut self, id: OpId, step: &mut Step) {
+        let failed = self.failed().is_some();
         let Some(OpState::Change(change)) = self.ops.get_mut(&id) else { return };
         if change.outstanding > 0 {
             return;
+        }
+        if failed {
+            // No commit will make it durable, so nothing of it becomes visible and nothing is punched.
+            return self.end_change(id, step);
         }
         let copied_in_part = change.error.is_some() && matches!(change.op, Op::CopyUp { .. });
         for (blocks, state) in std::mem::take(&mut change.lands) {
@@ -352,6 +375,9 @@ impl Core {
         let Some(OpState::Change(change)) = self.ops.remove(&id) else { return };
         self.in_flight -= 1;
         self.reserved_sectors -= sectors(change.op);
+        if change.in_place {
+            self.rewritten.add(change.blocks);
+        }
         let granted = if change.blocks.is_empty() {
             Vec::new()
         } else {

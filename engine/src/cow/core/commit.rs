@@ -12,6 +12,7 @@ use super::{ActionKind, Admission, Core, OpId, Output, Pending, Step};
 use crate::{
     cow::{
         BlockState,
+        blocks::{BlockSet, Touched},
         changes::Changes,
         map::{
             checkpoint::{self, Header, LogLen},
@@ -31,12 +32,21 @@ const _: () = assert!(
 #[derive(Debug)]
 pub(super) enum Commit {
     Idle,
-    Running { stage: Stage, cut: Changes, waiters: Vec<OpId>, end: LogEnd },
+    Running {
+        stage: Stage,
+        cut: Changes,
+        /// Blocks that were written in place before the cut.
+        rewritten: Touched,
+        waiters: Vec<OpId>,
+        end: LogEnd,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Data,
+    /// What a torn record left behind the end of the log is overwritten with zeros.
+    Clear,
     /// Records that an earlier process appended may not be on disk; none may follow them before they are, or a crash
     /// could keep the later one alone, which reads as damage.
     Inherited,
@@ -78,6 +88,16 @@ impl Commit {
     }
 }
 
+impl Commit {
+    /// Add the blocks of which the running commit was to make the newest bytes durable.
+    pub(super) fn add_to(&self, uncertain: &mut BlockSet) {
+        if let Commit::Running { cut, rewritten, .. } = self {
+            let blocks = cut.iter().map(|(run, _)| run).chain(rewritten.set().iter());
+            blocks.for_each(|run| uncertain.insert(run));
+        }
+    }
+}
+
 impl Checkpoint {
     pub(super) fn is_idle(&self) -> bool {
         matches!(self, Checkpoint::Idle)
@@ -113,7 +133,8 @@ impl Core {
         // A change of several parts may land after a commit that has synced those which were written by then.
         let sync_data = std::mem::take(&mut self.data_dirty) || cut.any(BlockState::Data);
         let owner = waiters.first().copied();
-        self.commit = Commit::Running { stage: Stage::Data, cut, waiters, end: self.log };
+        let rewritten = std::mem::take(&mut self.rewritten);
+        self.commit = Commit::Running { stage: Stage::Data, cut, rewritten, waiters, end: self.log };
         if sync_data {
             self.act(step, owner, Pending::Commit, ActionKind::SyncData);
         } else {
@@ -129,13 +150,21 @@ impl Core {
         };
         match (result, stage) {
             (Err(error), _) => {
-                let waiters = match std::mem::replace(&mut self.commit, Commit::Idle) {
-                    Commit::Running { waiters, .. } => waiters,
+                let waiters = match &mut self.commit {
+                    Commit::Running { waiters, .. } => std::mem::take(waiters),
                     Commit::Idle => Vec::new(),
                 };
                 self.fail(step, &error, waiters);
+                self.commit = Commit::Idle;
             }
             (Ok(_), Stage::Data) => self.data_synced(step),
+            (Ok(_), Stage::Clear) => {
+                self.log.torn = 0;
+                if let Commit::Running { end, .. } = &mut self.commit {
+                    end.torn = 0;
+                }
+                self.sync_map(Stage::Inherited, step);
+            }
             (Ok(_), Stage::Inherited) => {
                 self.map_dirty = false;
                 self.append(step);
@@ -146,11 +175,26 @@ impl Core {
     }
 
     fn data_synced(&mut self, step: &mut Step) {
-        if self.map_dirty { self.sync_map(Stage::Inherited, step) } else { self.append(step) }
+        if self.log.torn > 0 {
+            self.clear(step);
+        } else if self.map_dirty {
+            self.sync_map(Stage::Inherited, step);
+        } else {
+            self.append(step);
+        }
+    }
+
+    fn clear(&mut self, step: &mut Step) {
+        let Commit::Running { stage, waiters, .. } = &mut self.commit else { return };
+        *stage = Stage::Clear;
+        let owner = waiters.first().copied();
+        let offset = self.log_offset + self.log.offset();
+        let bytes = vec![0; log::LOG_SECTOR_LEN * crate::units::to_usize(self.log.torn)];
+        self.act(step, owner, Pending::Commit, ActionKind::AppendLog { offset, bytes });
     }
 
     fn append(&mut self, step: &mut Step) {
-        let Commit::Running { stage, cut, waiters, end } = &mut self.commit else { return };
+        let Commit::Running { stage, cut, waiters, end, .. } = &mut self.commit else { return };
         if cut.is_empty() {
             return self.end_commit(step);
         }
@@ -176,6 +220,7 @@ impl Core {
             return;
         };
         self.log = end;
+        self.inherited = false;
         // Only a record that was added asks anew: a full disk is not asked again and again for the same room.
         if !cut.is_empty() && self.log.used * 2 > self.log.sectors {
             self.checkpoint_wanted = true;

@@ -10,17 +10,16 @@
 //! - 2: a partial write of a block that is *data* writes only the sectors it touches; any other partial write writes the
 //!   whole block before the map names it (`change.rs`);
 //! - 3: a commit's record holds exactly the changes that had landed when its data sync was asked for;
-//! - 7: after a failed sync every change and flush fails ([`Core::failed`]);
+//! - 7: after a failed sync every change and flush fails ([`Core::failed`]), and so does a read of a block that changed
+//!   since the last commit ([`Core::uncertain`]);
 //! - 8: a change is admitted only while the log has room for the record of everything that is under way.
 
 mod change;
 mod commit;
 
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::Arc,
-};
+use std::{collections::VecDeque, sync::Arc};
 
+use rustc_hash::FxHashMap;
 use uuid::Uuid;
 
 use self::{
@@ -28,6 +27,7 @@ use self::{
     commit::{Checkpoint, Commit},
 };
 use super::{
+    blocks::{BlockSet, Touched},
     changes::Changes,
     frozen::Slot,
     map::log::{LogEnd, sectors_of},
@@ -192,6 +192,16 @@ enum OpState {
     Barrier,
 }
 
+impl OpState {
+    /// What an admitted change may be changing.
+    fn blocks(&self) -> Option<BlockRange> {
+        match self {
+            OpState::Change(change) => Some(change.blocks()),
+            OpState::Queued(_) | OpState::Committing | OpState::Barrier => None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admission {
     Open,
@@ -221,9 +231,10 @@ pub struct Core {
     write_align: u64,
     log: LogEnd,
     log_offset: u64,
-    ops: HashMap<OpId, OpState>,
+    // Keys of both tables are numbers that we count ourselves: nobody outside chooses them.
+    ops: FxHashMap<OpId, OpState>,
     queue: VecDeque<OpId>,
-    pending: HashMap<ActionId, Pending>,
+    pending: FxHashMap<ActionId, Pending>,
     next_id: u64,
     ownership: Ownership,
     admission: Admission,
@@ -233,10 +244,15 @@ pub struct Core {
     reserved_sectors: u64,
     /// Changes of the map that have landed and are in no commit yet.
     landed: Changes,
+    /// Blocks that were written in place, which changes no map, since the last commit's cut.
+    rewritten: Touched,
     /// Data was written since the last data sync was asked for.
     data_dirty: bool,
     /// The map file was not synced since it was opened.
     map_dirty: bool,
+    /// No commit has succeeded since the layer was opened: what a killed process had written, nobody knows where, may be
+    /// in caches only.
+    inherited: bool,
     commit: Commit,
     /// Who is answered by the next commit.
     waiters: Vec<OpId>,
@@ -253,10 +269,12 @@ enum Health {
     /// that no restart forgets what somebody was told.
     Marking {
         reason: Arc<str>,
+        uncertain: Arc<BlockSet>,
         unanswered: Vec<(OpId, Error)>,
     },
     Failed {
         reason: Arc<str>,
+        uncertain: Arc<BlockSet>,
     },
 }
 
@@ -268,17 +286,19 @@ impl Core {
             write_align,
             log: head.log,
             log_offset: head.log_offset,
-            ops: HashMap::new(),
+            ops: FxHashMap::default(),
             queue: VecDeque::new(),
-            pending: HashMap::new(),
+            pending: FxHashMap::default(),
             next_id: 1,
             ownership: Ownership::default(),
             admission: Admission::Open,
             in_flight: 0,
             reserved_sectors: 0,
             landed: Changes::default(),
+            rewritten: Touched::default(),
             data_dirty: head.synced == Synced::No,
             map_dirty: head.synced == Synced::No,
+            inherited: head.synced == Synced::No,
             commit: Commit::Idle,
             waiters: Vec::new(),
             checkpoint: Checkpoint::Idle,
@@ -306,7 +326,16 @@ impl Core {
     pub fn failed(&self) -> Option<&Arc<str>> {
         match &self.health {
             Health::Sound => None,
-            Health::Marking { reason, .. } | Health::Failed { reason } => Some(reason),
+            Health::Marking { reason, .. } | Health::Failed { reason, .. } => Some(reason),
+        }
+    }
+
+    /// Once the layer has failed: the blocks that changed since the last commit that succeeded. Nobody knows what of
+    /// them is on the medium, so a read of them has nothing true to show.
+    pub fn uncertain(&self) -> Option<&Arc<BlockSet>> {
+        match &self.health {
+            Health::Sound => None,
+            Health::Marking { uncertain, .. } | Health::Failed { uncertain, .. } => Some(uncertain),
         }
     }
 
@@ -381,12 +410,14 @@ impl Core {
     pub fn install(&mut self, head: HeadState) -> Step {
         debug_assert_eq!(self.admission, Admission::Closed);
         debug_assert!(self.in_flight == 0 && self.landed.is_empty() && self.ownership.is_empty());
+        debug_assert!(self.rewritten.set().is_empty());
         self.index = head.index;
         self.layer = head.layer;
         self.log = head.log;
         self.log_offset = head.log_offset;
         self.data_dirty = head.synced == Synced::No;
         self.map_dirty = head.synced == Synced::No;
+        self.inherited = head.synced == Synced::No;
         self.resume()
     }
 
@@ -401,7 +432,8 @@ impl Core {
     /// answers what waits.
     pub fn poison(&mut self, reason: Arc<str>) {
         debug_assert_eq!(self.admission, Admission::Closed);
-        self.health = Health::Failed { reason };
+        // The barrier's commit has made every change durable.
+        self.health = Health::Failed { reason, uncertain: Arc::default() };
     }
 
     fn fresh_id(&mut self) -> u64 {
@@ -513,8 +545,9 @@ impl Core {
         match &mut self.health {
             Health::Sound => {
                 let reason: Arc<str> = error.to_string().into();
+                let uncertain = Arc::new(self.changed_since_commit());
                 self.checkpoint = Checkpoint::Idle;
-                self.health = Health::Marking { reason: reason.clone(), unanswered };
+                self.health = Health::Marking { reason: reason.clone(), uncertain, unanswered };
                 self.act(step, None, Pending::Mark, ActionKind::MarkFailed { reason });
             }
             Health::Marking { unanswered: others, .. } => others.append(&mut unanswered),
@@ -522,10 +555,22 @@ impl Core {
         }
     }
 
+    /// What changed since the last commit that succeeded, or may be changing just now.
+    fn changed_since_commit(&self) -> BlockSet {
+        let mut blocks = BlockSet::default();
+        self.commit.add_to(&mut blocks);
+        let ended = self.landed.iter().map(|(run, _)| run).chain(self.rewritten.set().iter());
+        ended.chain(self.ops.values().filter_map(OpState::blocks)).for_each(|run| blocks.insert(run));
+        if self.inherited {
+            self.index.head.written().set().iter().for_each(|run| blocks.insert(run));
+        }
+        blocks
+    }
+
     fn marked(&mut self, step: &mut Step) {
-        if let Health::Marking { reason, unanswered } = &mut self.health {
+        if let Health::Marking { reason, uncertain, unanswered } = &mut self.health {
             let unanswered = std::mem::take(unanswered);
-            self.health = Health::Failed { reason: reason.clone() };
+            self.health = Health::Failed { reason: reason.clone(), uncertain: uncertain.clone() };
             self.answer(step, unanswered);
         }
     }

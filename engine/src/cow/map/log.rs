@@ -6,7 +6,7 @@
 
 use super::{Fields, checkpoint::Header, checksum, seal};
 use crate::{
-    cow::{BlockState, changes::Changes, head::HeadIndex},
+    cow::{BlockState, blocks::BlockSet, changes::Changes, head::HeadIndex},
     error::Corruption,
     units::{Block, BlockCount, BlockRange, to_usize},
 };
@@ -28,6 +28,8 @@ pub struct LogEnd {
     pub used: u64,
     /// Sectors of the log.
     pub sectors: u64,
+    /// Sectors from the end on in which a torn record left something: to be cleared before anything is appended.
+    pub torn: u64,
     /// Checksum of the sector before the end.
     previous: u32,
 }
@@ -36,7 +38,7 @@ pub struct LogEnd {
 #[derive(Debug)]
 pub struct Replayed {
     pub end: LogEnd,
-    /// Blocks that a damaged record may have touched.
+    /// Blocks that a damaged record may have touched, in order.
     pub lost: Vec<BlockRange>,
     /// Where in the log acknowledged bytes are damaged.
     pub damage: Option<(Corruption, u64)>,
@@ -50,6 +52,7 @@ impl LogEnd {
             sequence: header.sequence,
             used: 0,
             sectors: header.log_len / LOG_SECTOR_LEN as u64,
+            torn: 0,
             previous: header.checksum,
         }
     }
@@ -75,7 +78,8 @@ pub fn sectors_of(entries: usize) -> u64 {
     entries.div_ceil(ENTRIES_PER_SECTOR) as u64
 }
 
-/// The record of one commit, and where the log ends after it. The caller has checked the room.
+/// The record of one commit, and where the log ends after it. The caller has checked the room and cleared what a torn
+/// record left: a part of that could go on in this one, if both begin alike.
 pub fn encode(end: &LogEnd, changes: &Changes) -> (Vec<u8>, LogEnd) {
     let entries: Vec<(BlockRange, BlockState)> =
         changes.iter().flat_map(|(run, state)| split(run, state)).collect();
@@ -198,28 +202,39 @@ impl Sector {
 
 /// Apply the records of `log`, the whole log of the file behind `header`, to the checkpoint's `index`. `lost` are the
 /// blocks that the checkpoint has lost.
-pub fn replay(header: &Header, log: &[u8], index: &HeadIndex, mut lost: Vec<BlockRange>) -> Replayed {
+pub fn replay(header: &Header, log: &[u8], index: &HeadIndex, lost: Vec<BlockRange>) -> Replayed {
     let mut end = LogEnd::start(header);
     let sectors: Vec<Found> =
         log.chunks(LOG_SECTOR_LEN).map(|bytes| Sector::read(bytes, header.block_count)).collect();
+    // What is stated is collected, and taken out of what is lost once: there may be a million of each.
+    let mut stated = BlockSet::default();
     while let Some(record) = record_at(&sectors, &end) {
         for (run, state) in record.iter().flat_map(|sector| &sector.entries) {
             index.set(*run, *state);
-            forget(&mut lost, *run);
+            if !lost.is_empty() {
+                stated.insert(*run);
+            }
         }
         end.sequence += 1;
         end.used += record.len() as u64;
         end.previous = record.last().map_or(end.previous, |sector| sector.checksum);
     }
     let rest = sectors.get(to_usize(end.used)..).unwrap_or_default();
+    end.torn = rest.iter().zip(1u64..).fold(0, |torn, (found, n)| match found {
+        Found::Unused => torn,
+        Found::Intact(_) | Found::Damaged => n,
+    });
     let damage = damage_in(rest, &end);
-    if damage.is_some() {
-        lost = vec![BlockRange { start: Block(0), count: header.block_count }];
+    let lost = if damage.is_some() {
+        stated = BlockSet::default();
         for (run, state) in stated_after_damage(rest, &end) {
             index.set(run, state);
-            forget(&mut lost, run);
+            stated.insert(run);
         }
-    }
+        without(&[BlockRange { start: Block(0), count: header.block_count }], &stated)
+    } else {
+        without(&lost, &stated)
+    };
     Replayed { end, lost, damage }
 }
 
@@ -292,19 +307,7 @@ fn stated_after_damage(rest: &[Found], end: &LogEnd) -> Vec<(BlockRange, BlockSt
     stated
 }
 
-/// Take `known` out of `lost`.
-fn forget(lost: &mut Vec<BlockRange>, known: BlockRange) {
-    if !lost.iter().any(|range| range.overlaps(known)) {
-        return;
-    }
-    *lost = lost
-        .iter()
-        .flat_map(|range| {
-            let before = range.start.0..range.end().0.min(known.start.0);
-            let after = range.start.0.max(known.end().0)..range.end().0;
-            [before, after]
-        })
-        .filter(|part| part.start < part.end)
-        .map(|part| BlockRange::new(part.start, part.end - part.start))
-        .collect();
+/// The blocks of `lost`, which are in order, that are not `known`.
+fn without(lost: &[BlockRange], known: &BlockSet) -> Vec<BlockRange> {
+    lost.iter().flat_map(|range| known.missing_in(*range)).collect()
 }

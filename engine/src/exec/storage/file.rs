@@ -19,7 +19,8 @@ use nix::{
     dir::{Dir, Type},
     errno::Errno,
     fcntl::{
-        FallocateFlags, OFlag, OpenHow, PosixFadviseAdvice, ResolveFlag, fallocate, openat2, posix_fadvise,
+        FallocateFlags, Flock, OFlag, OpenHow, PosixFadviseAdvice, ResolveFlag, fallocate, openat2,
+        posix_fadvise,
     },
     sys::{
         stat::{Mode, major, minor},
@@ -40,6 +41,8 @@ use crate::{
 pub struct FileStorage {
     root: OwnedFd,
     path: PathBuf,
+    /// Held as long as anything can write: every writer holds its storage (invariant 11).
+    _lock: Option<Flock<File>>,
 }
 
 impl FileStorage {
@@ -48,7 +51,13 @@ impl FileStorage {
         let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let root =
             nix::fcntl::open(path, flags, Mode::empty()).map_err(|e| Error::io("open", path, e.into()))?;
-        Ok(FileStorage { root, path: path.to_owned() })
+        Ok(FileStorage { root, path: path.to_owned(), _lock: None })
+    }
+
+    /// Keep `lock` until nobody holds this storage any more.
+    #[must_use]
+    pub fn holding(self, lock: Flock<File>) -> FileStorage {
+        FileStorage { _lock: Some(lock), ..self }
     }
 
     fn open_beneath(&self, path: &str, flags: OFlag) -> Result<OwnedFd> {
@@ -306,6 +315,11 @@ impl StorageFile for DiskFile {
     fn drop_cache(&self) -> Result<()> {
         posix_fadvise(self.file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
             .map_err(|e| self.error("drop cache", e.into()))
+    }
+
+    fn read_ahead(&self) {
+        // Whoever reads finds out what is wrong.
+        let _ = posix_fadvise(self.file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
     }
 
     fn write_align(&self) -> u64 {

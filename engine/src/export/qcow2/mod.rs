@@ -1,7 +1,7 @@
 //! Writing a block device's content as a qcow2 file.
 //!
 //! Clusters of zeros are left out, the others compressed where that is asked for and makes them smaller. What the file
-//! looks like is [`layout`]'s; how the work is spread over threads is [`super::pieces`]'s.
+//! looks like is `layout`'s; how the work is spread over threads is `pieces`'s.
 
 mod compress;
 mod layout;

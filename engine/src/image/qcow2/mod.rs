@@ -244,7 +244,10 @@ impl Qcow2Layer {
         match (&self.data, &self.header.data_file) {
             (Some(data), _) => Ok(data),
             (None, None) => Ok(&self.file),
-            (None, Some(data_file)) => Err(self.needs_data_file(data_file)),
+            (None, Some(data_file)) => Err(Error::Unsupported {
+                path: self.file.path().to_owned(),
+                what: data_file_needed(data_file),
+            }),
         }
     }
 
@@ -302,19 +305,15 @@ impl Qcow2Layer {
         let start = range.start.0 - geometry.in_cluster(range.start.0);
         ByteRange::new(start, geometry.cluster_size().min(self.size().0 - start))
     }
-
-    fn needs_data_file(&self, data_file: &DataFile) -> Error {
-        let name = data_file.name.as_deref().map_or("unnamed".into(), String::from_utf8_lossy);
-        self.unsupported(format!("the external data file {name:?} ({REMEDY})"))
-    }
-
-    fn unsupported(&self, what: String) -> Error {
-        Error::Unsupported { path: self.file.path().to_owned(), what }
-    }
 }
 
 /// What to do about an image that is not one file.
 const REMEDY: &str = "an image must be one file: make one with `qemu-img convert -O qcow2`";
+
+fn data_file_needed(data_file: &DataFile) -> String {
+    let name = data_file.name.as_deref().map_or("unnamed".into(), String::from_utf8_lossy);
+    format!("the external data file {name:?} ({REMEDY})")
+}
 
 /// A qcow2 file that needs no other.
 #[derive(Debug)]
@@ -326,16 +325,23 @@ impl Qcow2Image {
     /// Open `file`, which errors call `path`. Refuses one that names another file, and one whose L1 table is damaged.
     pub fn open(file: File, path: &Path, view: &View) -> Result<Qcow2Image> {
         let layer = Qcow2Layer::open(file, path, view)?;
-        if let Some(backing) = &layer.header.backing {
-            let name = String::from_utf8_lossy(&backing.name);
-            return Err(layer.unsupported(format!("the backing file {name:?} ({REMEDY})")));
-        }
-        if let Some(data_file) = &layer.header.data_file {
-            return Err(layer.needs_data_file(data_file));
-        }
+        Qcow2Image::check_self_contained(&layer.header, path)?;
         match layer.tables.first_damaged_table() {
             Some(lost) => Err(layer.explain(lost)),
             None => Ok(Qcow2Image { layer }),
+        }
+    }
+
+    /// Refuse a header that names another file.
+    pub fn check_self_contained(header: &Header, path: &Path) -> Result<()> {
+        let unsupported = |what| Err(Error::Unsupported { path: path.to_owned(), what });
+        if let Some(backing) = &header.backing {
+            let name = String::from_utf8_lossy(&backing.name);
+            return unsupported(format!("the backing file {name:?} ({REMEDY})"));
+        }
+        match &header.data_file {
+            Some(data_file) => unsupported(data_file_needed(data_file)),
+            None => Ok(()),
         }
     }
 

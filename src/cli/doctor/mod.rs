@@ -4,6 +4,8 @@
 //! in a disk's directory, to see whether direct I/O works there. A warning costs speed or convenience, a failure keeps
 //! a node from working.
 
+mod memory;
+
 use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
@@ -12,6 +14,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use bedplate_fuse::Sharing;
 use clap::Args;
 use nix::{
     libc,
@@ -98,11 +101,12 @@ impl Check {
 
 pub async fn run(args: DoctorArgs, socket: Option<PathBuf>) -> Result<(), Failure> {
     let settings = Settings { socket, ..args.settings };
-    let mut checks = vec![kernel(), fuse(), loop_devices(), open_files(), io_uring()];
+    let mut checks = vec![kernel(), fuse(), privileges(), loop_devices(), open_files(), io_uring()];
     match settings.load(args.config.as_deref()) {
         Ok(config) => {
-            checks.push(Check::ok("settings", "sound"));
+            checks.push(settings_check(&config));
             let (node, places) = node(&config).await;
+            checks.push(memory::check(places.node));
             checks.extend(places.disks.iter().map(|disk| disk_directory(disk)));
             checks.push(mount(&places.mount));
             checks.extend(node);
@@ -155,9 +159,48 @@ fn fuse() -> Check {
     match OpenOptions::new().read(true).write(true).open(device) {
         Ok(_) => Check::ok("fuse", format!("{device} opens")),
         Err(error) => {
-            let advice = "load the module (modprobe fuse) and run the node as root";
+            let advice = match error.kind() {
+                io::ErrorKind::NotFound => {
+                    "load the module: modprobe fuse; in a container, give it --device /dev/fuse"
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "run the node as root; in a container, give it --device /dev/fuse"
+                }
+                _ => "load the module: modprobe fuse",
+            };
             Check::fail("fuse", format!("{device}: {error}"), advice)
         }
+    }
+}
+
+/// The node mounts by itself, not through `fusermount3`; what /etc/fuse.conf allows to users does not matter to it.
+fn privileges() -> Check {
+    const NAME: &str = "privileges";
+    /// CAP_SYS_ADMIN (linux/capability.h).
+    const MOUNT_BIT: u32 = 21;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    match effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()) {
+        Some(bits) if bits >> MOUNT_BIT & 1 == 1 => Check::ok(NAME, "may mount"),
+        Some(_) => Check::fail(
+            NAME,
+            "this user may not mount",
+            "run the node (and this check) as root, or give it CAP_SYS_ADMIN",
+        ),
+        None => Check::warn(NAME, "unknown", "mount /proc"),
+    }
+}
+
+/// Settings that can be served, and yet may not do what was meant.
+fn settings_check(config: &Config) -> Check {
+    let mode = config.mount_mode.bits();
+    match config.sharing {
+        Sharing::Owner if mode & 0o077 != 0 => Check::warn(
+            "settings",
+            format!("mount_mode {mode:04o} lets others in, but without allow_other the kernel does not"),
+            "set allow_other = true (--allow-other), or mount_mode 0600",
+        ),
+        Sharing::Owner | Sharing::Others => Check::ok("settings", "sound"),
     }
 }
 
@@ -288,6 +331,8 @@ fn is_dead(mount: &Path) -> bool {
 
 /// The directories that matter: those of the running node, or else those of the settings.
 struct Places {
+    /// The running node's process.
+    node: Option<u32>,
     disks: Vec<PathBuf>,
     mount: PathBuf,
 }
@@ -295,7 +340,7 @@ struct Places {
 /// The running node, if there is one.
 async fn node(config: &Config) -> (Vec<Check>, Places) {
     let name = format!("socket {}", config.socket.display());
-    let configured = Places { disks: config.disks.clone(), mount: config.mount.clone() };
+    let configured = Places { node: None, disks: config.disks.clone(), mount: config.mount.clone() };
     let info = match Client::new(&config.socket).node().await {
         Ok(info) => info,
         Err(Error::Unreachable { .. }) => return (vec![Check::ok(name, "free; no node runs")], configured),
@@ -305,6 +350,7 @@ async fn node(config: &Config) -> (Vec<Check>, Places) {
         }
     };
     let places = Places {
+        node: Some(info.pid),
         disks: info.disks.iter().map(|disk| PathBuf::from(&disk.path)).collect(),
         mount: info.mount.as_ref().map_or(configured.mount, PathBuf::from),
     };
@@ -332,6 +378,20 @@ mod tests {
     fn a_report_has_a_line_for_each_check_and_the_advice_beneath() {
         let checks = [Check::ok("kernel", "6.18"), Check::fail("fuse", "missing", "load it")];
         assert_eq!(report(&checks), "ok    kernel: 6.18\nfail  fuse: missing\n      load it");
+    }
+
+    #[test]
+    fn a_mode_for_others_whom_the_kernel_keeps_out_is_a_warning() {
+        for (mode, allow_other, status) in
+            [("0600", false, Status::Ok), ("0660", false, Status::Warn), ("0660", true, Status::Ok)]
+        {
+            let settings = Settings {
+                mount_mode: Some(mode.to_owned()),
+                allow_other: Some(allow_other),
+                ..Settings::default()
+            };
+            assert_eq!(settings_check(&settings.finish().unwrap()).status, status, "{mode} {allow_other}");
+        }
     }
 
     #[test]
