@@ -7,6 +7,7 @@ use std::{ops::ControlFlow, path::PathBuf};
 
 use bedplate_engine::{
     device::BlockDevice,
+    error::Error,
     image::{Format, qcow2::View},
     units::{ByteRange, to_usize},
 };
@@ -19,22 +20,25 @@ use crate::{
     layer::open_file,
     longhorn,
     print::{self, Output},
-    refcheck::{self, Counts},
-    source::{self, Chain, FormatName},
-    stack::Kind,
+    refcheck::{self, Counts, FINDINGS_MAX},
+    source::{self, Chain, FormatName, OpenArgs},
+    stack::{Kind, Stack},
     tables::QcowFile,
+    volume_report,
 };
 
 /// What `qemu-img` answers for formats without checks.
 const UNCHECKABLE: u8 = 63;
 /// Bytes that are read at once for `--data`.
 const DATA_PIECE_LEN: u64 = 2 << 20;
+/// Runs that are held at once for `--data`.
+const RUNS_AT_ONCE: usize = 1 << 16;
 
 const EXAMPLES: &str = "Examples:
   bedplate inspect check disk.qcow2
   bedplate inspect check disk.qcow2 --data -o json
 
-Exit codes, as of qemu-img check: 0 clean, 1 the check could not run, 2 corruption, 3 leaks only (space is wasted, no
+Exit codes, as of qemu-img check: 0 clean, 1 the check could not run, 2 corruption, 3 leaks only (space is wasted, no \
 data is wrong), 63 a format that has nothing to check.";
 
 /// Check the metadata: refcounts, leaks, overlaps
@@ -61,6 +65,7 @@ struct Report {
     format: &'static str,
     check_errors: u64,
     image_end_offset: u64,
+    #[serde(skip_serializing_if = "is_none")]
     total_clusters: u64,
     #[serde(skip_serializing_if = "is_none")]
     allocated_clusters: u64,
@@ -104,41 +109,60 @@ fn checked(args: &CheckArgs) -> Result<u8> {
             let qcow = QcowFile::open(file, &args.file)?;
             let mut counts = refcheck::check(&qcow)?;
             if args.data && qcow.header().data_file.is_none() {
-                read_all(args, &mut counts)?;
+                let file = open_file(&args.file)?;
+                let chain = Chain::open(file, &args.file, Format::Qcow2, &View::Active, None)?;
+                for text in read_all(&chain.into_stack())? {
+                    counts.corruption(text);
+                }
             }
             finish(args, counts)
         }
     }
 }
 
-/// Directories have no clusters; corruptions, and leftovers in place of leaks.
+/// Directories have no clusters; their leaks are leftovers that belong to nothing.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct DirectoryReport {
     filename: String,
     format: &'static str,
     check_errors: u64,
-    corruptions: Vec<String>,
-    leftovers: Vec<String>,
+    #[serde(skip_serializing_if = "is_none")]
+    corruptions: u64,
+    #[serde(skip_serializing_if = "is_none")]
+    leaks: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    findings: Vec<String>,
 }
 
 fn check_directory(args: &CheckArgs) -> Result<u8> {
-    let (format, (corruptions, leftovers)) = match directory::open(&args.file)? {
-        Directory::Replica(replica) => ("longhorn-replica", longhorn::check(&replica)),
+    let (format, (mut corruptions, leftovers)) = match directory::open(&args.file) {
+        Ok(Directory::Replica(replica)) => ("longhorn-replica", longhorn::check(&replica)),
+        Ok(Directory::Volume(volume)) => ("bedplate-volume", (volume_report::check(&volume), Vec::new())),
+        Err(error @ Error::Corrupt { .. }) => ("unknown", (vec![error.to_string()], Vec::new())),
+        Err(error) => return Err(error.into()),
     };
+    if args.data && corruptions.is_empty() {
+        corruptions.extend(read_all(&source::open(&args.file, &OpenArgs::default())?)?);
+    }
     let code = exit_code(corruptions.len(), leftovers.len());
-    let filename = args.file.display().to_string();
-    let report = DirectoryReport { filename, format, check_errors: 0, corruptions, leftovers };
+    let report = DirectoryReport {
+        filename: args.file.display().to_string(),
+        format,
+        check_errors: 0,
+        corruptions: corruptions.len() as u64,
+        leaks: leftovers.len() as u64,
+        findings: corruptions
+            .into_iter()
+            .map(|text| format!("ERROR {text}"))
+            .chain(leftovers.into_iter().map(|text| format!("Leftover: {text}")))
+            .collect(),
+    };
     print::report(args.output, &report, |report| {
-        let found = |kind: &str, list: &[String]| -> Vec<String> {
-            list.iter().map(|text| format!("{kind}{}", print::shown(text))).collect()
-        };
-        let mut lines = found("ERROR ", &report.corruptions);
-        lines.extend(found("Leftover: ", &report.leftovers));
-        if lines.is_empty() {
-            lines.push("No errors were found in the directory.".to_owned());
+        if report.findings.is_empty() {
+            return "No errors were found in the directory.".to_owned();
         }
-        lines.join("\n")
+        report.findings.iter().map(|text| print::shown(text)).collect::<Vec<_>>().join("\n")
     })?;
     Ok(code)
 }
@@ -152,30 +176,30 @@ fn exit_code(corruptions: usize, leaks: usize) -> u8 {
     }
 }
 
-/// Read every byte that the file itself has, and report what cannot be read.
-fn read_all(args: &CheckArgs, counts: &mut Counts) -> Result<()> {
-    let file = open_file(&args.file)?;
-    let stack = Chain::open(file, &args.file, Format::Qcow2, &View::Active, None)?.into_stack();
+/// Read every byte that the files at hand have; what cannot be read. What is below them and not opened is not theirs.
+fn read_all(stack: &Stack) -> Result<Vec<String>> {
     let bar = print::progress("reading", stack.size());
     let mut buffer = vec![0; to_usize(DATA_PIECE_LEN)];
     let mut failed = Vec::new();
-    let mut ranges = Vec::new();
-    let mut at = 0;
-    while at < stack.size() {
-        let asked = ByteRange::new(at, (stack.size() - at).min(1 << 30));
-        stack.each(asked, |run| {
+    let mut next = 0;
+    while next < stack.size() {
+        // A part of the map at a time, however many runs it has.
+        let mut ranges = Vec::new();
+        stack.each(ByteRange::new(next, stack.size() - next), |run| {
+            next = run.range.end().0;
             match run.kind {
                 Kind::Data { .. } | Kind::Compressed | Kind::Damaged => ranges.push(run.range),
                 Kind::Zero { .. } | Kind::Absent | Kind::Unopened => {}
             }
-            ControlFlow::Continue(())
+            if ranges.len() < RUNS_AT_ONCE { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
-        for range in ranges.drain(..) {
+        for range in ranges {
             let mut start = range.start.0;
             while start < range.end().0 {
                 let len = (range.end().0 - start).min(DATA_PIECE_LEN);
                 if let Some(part) = buffer.get_mut(..to_usize(len))
                     && let Err(error) = stack.read_at(part, start)
+                    && failed.len() < FINDINGS_MAX
                 {
                     failed.push(error.to_string());
                 }
@@ -183,13 +207,9 @@ fn read_all(args: &CheckArgs, counts: &mut Counts) -> Result<()> {
                 bar.set_position(start);
             }
         }
-        at = asked.end().0;
     }
     bar.finish_and_clear();
-    for text in failed {
-        counts.corruption(text);
-    }
-    Ok(())
+    Ok(failed)
 }
 
 fn finish(args: &CheckArgs, counts: Counts) -> Result<u8> {

@@ -1,4 +1,4 @@
-//! Directories that hold a volume: replicas of Longhorn.
+//! Directories that hold a volume: replicas of Longhorn, and volumes of Bedplate.
 //!
 //! Owns telling what a directory is by the names in it, and opening it.
 
@@ -6,16 +6,23 @@ use std::path::Path;
 
 use bedplate_engine::error::{Error, Result};
 
-use crate::longhorn::{self, Replica};
+use crate::{
+    longhorn::{self, Replica},
+    volume::{self, VolumeDir},
+};
 
 /// What a directory is.
 pub enum Directory {
     Replica(Replica),
+    Volume(VolumeDir),
 }
 
 /// Open the directory `path`.
 pub fn open(path: &Path) -> Result<Directory> {
     let names = names(path)?;
+    if names.iter().any(|name| name == volume::RECORD) {
+        return VolumeDir::open(path).map(Directory::Volume);
+    }
     if longhorn::is_replica(&names) {
         return Replica::open(path, names).map(Directory::Replica);
     }

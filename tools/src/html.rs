@@ -5,9 +5,12 @@
 
 use std::fmt::Write;
 
+use bedplate_engine::units::ByteRange;
+
 use crate::{
+    failure::Result,
     info::Info,
-    map::word,
+    map::{self, word},
     picture::{COLUMNS, Look, Picture},
     print::shown,
     size,
@@ -28,10 +31,31 @@ pre{font-size:.85rem;overflow-x:auto}svg{width:100%;height:auto}.key span{margin
 
 /// What the map's part of a page shows.
 pub struct Mapped<'a> {
-    pub stack: &'a Stack,
-    pub runs: &'a [Run],
-    pub start: u64,
-    pub len: u64,
+    stack: &'a Stack,
+    picture: Picture,
+    /// The first [`ROWS_MAX`].
+    runs: Vec<Run>,
+    count: usize,
+    is_damaged: bool,
+}
+
+impl<'a> Mapped<'a> {
+    pub fn of(stack: &'a Stack, range: ByteRange) -> Result<Mapped<'a>> {
+        let (mut picture, mut runs, mut count) = (Picture::new(range), Vec::new(), 0);
+        let is_damaged = map::each(stack, range, |run| {
+            picture.add(run);
+            count += 1;
+            if runs.len() < ROWS_MAX {
+                runs.push(run);
+            }
+            Ok(())
+        })?;
+        Ok(Mapped { stack, picture, runs, count, is_damaged })
+    }
+
+    pub fn is_damaged(&self) -> bool {
+        self.is_damaged
+    }
 }
 
 /// The whole page.
@@ -55,7 +79,7 @@ pub fn page(title: &str, infos: &[Info], mapped: Option<&Mapped<'_>>) -> String 
     }
     if let Some(mapped) = mapped {
         page.push_str("<h2>Where data lies</h2>\n");
-        picture(&mut page, mapped);
+        picture(&mut page, &mapped.picture);
         listing(&mut page, mapped);
     }
     page.push_str("</body></html>");
@@ -73,12 +97,11 @@ fn colour(look: Look) -> (&'static str, u64) {
     }
 }
 
-fn picture(page: &mut String, mapped: &Mapped<'_>) {
-    let picture = Picture::new(mapped.runs, mapped.start, mapped.len);
+fn picture(page: &mut String, picture: &Picture) {
     let (width, height) = (COLUMNS * CELL, picture.cells.len().div_ceil(COLUMNS) * CELL);
     let _ =
         write!(page, "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"map of the data\">");
-    let mut at = mapped.start;
+    let mut at = picture.start;
     for (index, cell) in picture.cells.iter().enumerate() {
         let (x, y) = (index % COLUMNS * CELL, index / COLUMNS * CELL);
         let (fill, eighths) = colour(cell.look());
@@ -112,7 +135,7 @@ fn picture(page: &mut String, mapped: &Mapped<'_>) {
 fn listing(page: &mut String, mapped: &Mapped<'_>) {
     let names = mapped.stack.names();
     page.push_str("<table><tr><th>offset</th><th>length</th><th>kind</th><th>file</th></tr>");
-    for run in mapped.runs.iter().take(ROWS_MAX) {
+    for run in &mapped.runs {
         let name = names.get(run.depth).map_or("-", |name| name);
         let class = if word(run.kind) == "damaged" { " class=\"bad\"" } else { "" };
         let _ = write!(
@@ -125,7 +148,7 @@ fn listing(page: &mut String, mapped: &Mapped<'_>) {
         );
     }
     page.push_str("</table>\n");
-    let more = mapped.runs.len().saturating_sub(ROWS_MAX);
+    let more = mapped.count - mapped.runs.len();
     if more > 0 {
         let _ = writeln!(page, "<p>and {more} more: see `-o json`</p>");
     }

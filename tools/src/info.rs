@@ -25,12 +25,12 @@ use crate::{
     html::{self, Mapped},
     layer::{FileLayer, open_file},
     longhorn::{self, ReplicaInfo},
-    map,
     print::{self, Output, PageOutput},
     qcow2_info::{self, Qcow2Info, SnapshotInfo},
     source::{self, Chain, FileArgs, FormatName, OpenArgs},
     stack::Layer,
     verify::digest,
+    volume_report::{self, VolumeReport},
 };
 
 const EXAMPLES: &str = "Examples:
@@ -39,7 +39,7 @@ const EXAMPLES: &str = "Examples:
   bedplate inspect info disk.raw --digest
   bedplate inspect info disk.qcow2 -o html > disk.html
 
-The keys of `-o json` are those of `qemu-img info --output=json`. Exit code 5 says that something is damaged; it is
+The keys of `-o json` are those of `qemu-img info --output=json`. Exit code 5 says that something is damaged; it is \
 named under `damage`, and everything else is shown.";
 
 /// Show what a file is: format, sizes, features, snapshots, partitions
@@ -107,6 +107,7 @@ pub struct Info {
 pub enum FormatSpecific {
     Qcow2(Qcow2Info),
     LonghornReplica(ReplicaInfo),
+    BedplateVolume(VolumeReport),
 }
 
 impl Info {
@@ -136,8 +137,9 @@ impl Info {
             row("cluster", print::exact(size));
         }
         if let Some(name) = &self.backing_filename {
-            let format = self.backing_filename_format.as_deref().unwrap_or("not said");
-            row("backing file", format!("{name} (format: {format})"));
+            let format = self.backing_filename_format.as_deref();
+            let format = format.map_or_else(String::new, |format| format!(" (format: {format})"));
+            row("backing file", format!("{name}{format}"));
         }
         if self.encrypted == Some(true) {
             row("encrypted", "yes".to_owned());
@@ -149,6 +151,7 @@ impl Info {
             rows.extend(match specific {
                 FormatSpecific::Qcow2(qcow2) => qcow2.rows(),
                 FormatSpecific::LonghornReplica(replica) => replica.rows(),
+                FormatSpecific::BedplateVolume(volume) => volume.rows(),
             });
         }
         if let Some(content) = &self.content {
@@ -165,8 +168,12 @@ impl Info {
     /// For people: the lists that it has, each with a title.
     pub fn tables(&self) -> Vec<(&'static str, String)> {
         let mut tables = Vec::new();
-        if let Some(FormatSpecific::LonghornReplica(replica)) = &self.format_specific {
-            tables.push(("Layers, newest first", replica.table()));
+        match &self.format_specific {
+            Some(FormatSpecific::LonghornReplica(replica)) => {
+                tables.push(("Layers, newest first", replica.table()));
+            }
+            Some(FormatSpecific::BedplateVolume(volume)) => tables.extend(volume.tables()),
+            Some(FormatSpecific::Qcow2(_)) | None => {}
         }
         if let Some(partitions) = self.content.as_ref().and_then(Content::table) {
             tables.push(("Partitions", partitions));
@@ -200,9 +207,8 @@ fn page(args: &InfoArgs, infos: &[Info]) -> Result<u8> {
     let title = args.file.display().to_string();
     let page = match source::open(&args.file, &open) {
         Ok(stack) => {
-            let len = stack.size();
-            let runs = map::runs(&stack, ByteRange::new(0, len))?;
-            html::page(&title, infos, Some(&Mapped { stack: &stack, runs: &runs, start: 0, len }))
+            let mapped = Mapped::of(&stack, ByteRange::new(0, stack.size()))?;
+            html::page(&title, infos, Some(&mapped))
         }
         // Why is among what is shown: whatever stops the map is damage or not supported.
         Err(_) => html::page(&title, infos, None),
@@ -264,6 +270,7 @@ fn of_directory(path: &Path) -> EngineResult<Info> {
     let mut info = Info { filename: path.display().to_string(), ..Info::default() };
     match directory::open(path)? {
         Directory::Replica(replica) => longhorn::info(&replica, &mut info),
+        Directory::Volume(volume) => volume_report::info(&volume, &mut info),
     }
     Ok(info)
 }

@@ -30,6 +30,8 @@ pub mod source;
 pub mod stack;
 mod tables;
 mod verify;
+mod volume;
+mod volume_report;
 
 use clap::Subcommand;
 

@@ -1,27 +1,28 @@
 //! `inspect map`: where the bytes are.
 //!
-//! Owns the listing of runs, with `qemu-img map`'s keys, and the table for people. What is damaged or may not be
-//! opened is listed like everything else, with the reason.
+//! Owns the listing of runs, with `qemu-img map`'s keys, and the table for people; both are printed as they are found.
+//! What is damaged or may not be opened is listed like everything else, with the reason.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{
+    io::{self, BufWriter, Write},
+    ops::ControlFlow,
+    path::PathBuf,
+};
 
-use bedplate_engine::{error::Error, units::ByteRange};
+use bedplate_engine::units::ByteRange;
 use clap::Args;
 use serde::Serialize;
 
 use crate::{
-    failure::Result,
+    failure::{Failure, Result},
     html::{self, Mapped},
-    info::{self, Info},
+    info,
     picture::{By, Picture},
-    print::{self, Output, PageOutput},
+    print::{self, PageOutput},
     size,
     source::{self, OpenArgs},
     stack::{Kind, Run, Stack},
 };
-
-/// Runs of one listing; beyond it ask for a part with `--start-offset` and `--max-length`.
-pub const RUNS_MAX: usize = 4 << 20;
 
 const EXAMPLES: &str = "Examples:
   bedplate inspect map disk.qcow2
@@ -30,7 +31,7 @@ const EXAMPLES: &str = "Examples:
   bedplate inspect map disk.qcow2 -o html > disk.html
   bedplate inspect map disk.qcow2 -o json --start-offset 1G --max-length 64M
 
-The keys of `-o json` are those of `qemu-img map --output=json`. Ranges that are damaged have the key `damage`, and the
+The keys of `-o json` are those of `qemu-img map --output=json`. Ranges that are damaged have the key `damage`, and the \
 exit code is 5; ranges of a file that may not be opened are neither zero nor data.";
 
 /// Show where data lies
@@ -82,42 +83,57 @@ pub fn run(args: &MapArgs) -> Result<u8> {
     print::notes(stack.notes());
     let start = args.start_offset.min(stack.size());
     let len = (stack.size() - start).min(args.max_length.unwrap_or(u64::MAX));
-    let runs = runs(&stack, ByteRange::new(start, len))?;
-    let is_damaged = runs.iter().any(|run| matches!(run.kind, Kind::Damaged));
-    let output = match args.output {
+    let range = ByteRange::new(start, len);
+    let is_damaged = match args.output {
         PageOutput::Html => {
-            let infos: Vec<Info> = vec![info::of_path(&args.file, args.open.format)?];
-            let mapped = Mapped { stack: &stack, runs: &runs, start, len };
-            print::line(&html::page(&args.file.display().to_string(), &infos, Some(&mapped)))?;
-            return Ok(if is_damaged { 5 } else { 0 });
+            let info = info::of_path(&args.file, args.open.format)?;
+            let mapped = Mapped::of(&stack, range)?;
+            print::line(&html::page(&args.file.display().to_string(), &[info], Some(&mapped)))?;
+            mapped.is_damaged()
         }
         PageOutput::Table if args.chart => {
             let by = if args.layers { By::Layer } else { By::Fullness };
-            print::line(&Picture::new(&runs, start, len).chart(start, by))?;
-            return Ok(if is_damaged { 5 } else { 0 });
+            let mut picture = Picture::new(range);
+            let is_damaged = each(&stack, range, |run| {
+                picture.add(run);
+                Ok(())
+            })?;
+            print::line(&picture.chart(by))?;
+            is_damaged
         }
-        PageOutput::Table => Output::Table,
-        PageOutput::Json => Output::Json,
+        PageOutput::Table => table(&stack, range, args.layers)?,
+        PageOutput::Json => json(&stack, range, args.layers)?,
     };
-    let names = stack.names();
-    let entries: Vec<_> = runs.iter().map(|run| entry(&stack, *run, args.layers.then_some(&names))).collect();
-    let kinds = runs.iter().map(|run| run.kind);
-    print::report(output, &entries, |entries| table(entries, kinds, &names, args.layers))?;
     Ok(if is_damaged { 5 } else { 0 })
 }
 
-/// All runs of a range.
-pub fn runs(stack: &Stack, range: ByteRange) -> Result<Vec<Run>> {
-    let mut runs = Vec::new();
+/// Call `found` for all runs of a range; whether any is damaged. A map may be longer than memory.
+pub fn each(stack: &Stack, range: ByteRange, mut found: impl FnMut(Run) -> Result<()>) -> Result<bool> {
+    let mut is_damaged = false;
+    let mut result = Ok(());
     stack.each(range, |run| {
-        runs.push(run);
-        if runs.len() <= RUNS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        is_damaged |= matches!(run.kind, Kind::Damaged);
+        result = found(run);
+        if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
-    if runs.len() > RUNS_MAX {
-        let what = format!("the map has more than {RUNS_MAX} ranges; ask for a part with --max-length");
-        return Err(Error::Invalid(what).into());
-    }
-    Ok(runs)
+    result.map(|()| is_damaged)
+}
+
+/// One run a line, as `qemu-img` prints them.
+fn json(stack: &Stack, range: ByteRange, with_names: bool) -> Result<bool> {
+    let names = stack.names();
+    let mut out = BufWriter::new(io::stdout().lock());
+    let mut before = "[";
+    let is_damaged = each(stack, range, |run| {
+        let entry = entry(stack, run, with_names.then_some(&names));
+        let line = serde_json::to_string(&entry).map_err(|e| Failure::Output(e.into()))?;
+        write!(out, "{before}{line}").map_err(Failure::Output)?;
+        before = ",\n";
+        Ok(())
+    })?;
+    let end = if before == "[" { "[]" } else { "]" };
+    writeln!(out, "{end}").and_then(|()| out.flush()).map_err(Failure::Output)?;
+    Ok(is_damaged)
 }
 
 /// A run with `qemu-img`'s keys.
@@ -159,36 +175,41 @@ pub fn word(kind: Kind) -> &'static str {
 }
 
 /// For people: what holds data, or everything with its layer.
-fn table(entries: &[Entry], kinds: impl Iterator<Item = Kind>, names: &[&str], all: bool) -> String {
-    let hex = |n: u64| format!("{n:#x}");
-    let file = |entry: &Entry| names.get(entry.depth).map_or("-", |name| name).to_owned();
-    let place = |kind: Kind, entry: &Entry| match entry.offset {
-        Some(offset) => hex(offset),
-        None => word(kind).to_owned(),
-    };
-    let with_kinds = entries.iter().zip(kinds);
-    let mut text = if all {
-        let rows = with_kinds.map(|(entry, kind)| {
-            let place = place(kind, entry);
-            [
-                hex(entry.start),
-                hex(entry.length),
-                word(kind).to_owned(),
-                place,
-                entry.depth.to_string(),
-                file(entry),
-            ]
-        });
-        print::listing(["OFFSET", "LENGTH", "KIND", "MAPPED TO", "DEPTH", "FILE"], rows)
+fn table(stack: &Stack, range: ByteRange, all: bool) -> Result<bool> {
+    let names: Vec<String> = stack.names().into_iter().map(print::shown).collect();
+    let mut out = BufWriter::new(io::stdout().lock());
+    let head = if all {
+        format!("{:<18}{:<18}{:<12}{:<18}{:<7}FILE", "OFFSET", "LENGTH", "KIND", "MAPPED TO", "DEPTH")
     } else {
-        let rows = with_kinds.filter(|(_, kind)| !matches!(kind, Kind::Zero { .. } | Kind::Absent));
-        let rows =
-            rows.map(|(entry, kind)| [hex(entry.start), hex(entry.length), place(kind, entry), file(entry)]);
-        print::listing(["OFFSET", "LENGTH", "MAPPED TO", "FILE"], rows)
+        format!("{:<18}{:<18}{:<18}FILE", "OFFSET", "LENGTH", "MAPPED TO")
     };
-    for damage in entries.iter().filter_map(|entry| entry.damage.as_deref()) {
-        text.push('\n');
-        text.push_str(&print::shown(damage));
-    }
-    text
+    writeln!(out, "{head}").map_err(Failure::Output)?;
+    let is_damaged = each(stack, range, |run| {
+        let Run { range, depth, kind } = run;
+        let (start, len) = (range.start.0, range.len.0);
+        let file = names.get(depth).map_or("-", String::as_str);
+        let mapped = match kind {
+            Kind::Data { offset } | Kind::Zero { offset: Some(offset) } => format!("{offset:#x}"),
+            Kind::Damaged => return writeln!(out, "{}", damage_line(stack, run)).map_err(Failure::Output),
+            Kind::Zero { offset: None } | Kind::Compressed | Kind::Absent | Kind::Unopened => {
+                if all { "-" } else { word(kind) }.to_owned()
+            }
+        };
+        if all {
+            let kind = word(kind);
+            writeln!(out, "{start:<#18x}{len:<#18x}{kind:<12}{mapped:<18}{depth:<7}{file}")
+        } else if matches!(kind, Kind::Zero { .. } | Kind::Absent) {
+            Ok(())
+        } else {
+            writeln!(out, "{start:<#18x}{len:<#18x}{mapped:<18}{file}")
+        }
+        .map_err(Failure::Output)
+    })?;
+    out.flush().map_err(Failure::Output)?;
+    Ok(is_damaged)
+}
+
+fn damage_line(stack: &Stack, run: Run) -> String {
+    let (start, len) = (run.range.start.0, run.range.len.0);
+    format!("{start:<#18x}{len:<#18x}DAMAGED: {}", print::shown(&stack.explain(run).to_string()))
 }

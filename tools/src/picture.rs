@@ -5,6 +5,8 @@
 
 use std::fmt::Write;
 
+use bedplate_engine::units::ByteRange;
+
 use crate::stack::{Kind, Run};
 
 /// Cells of one line.
@@ -43,41 +45,44 @@ pub enum Look {
 
 /// All cells, in order.
 pub struct Picture {
+    pub start: u64,
     pub cell_len: u64,
     pub cells: Vec<Cell>,
 }
 
 impl Picture {
-    /// `runs` cover `size` bytes from `start` on.
-    pub fn new(runs: &[Run], start: u64, size: u64) -> Picture {
+    /// An empty picture of a range.
+    pub fn new(range: ByteRange) -> Picture {
         let columns = COLUMNS as u64;
-        let cell_len = size.div_ceil(columns * LINES).next_multiple_of(CELL_LEN_MIN);
+        let cell_len = range.len.0.div_ceil(columns * LINES).next_multiple_of(CELL_LEN_MIN);
         let mut cells = Vec::new();
-        let mut left = size;
+        let mut left = range.len.0;
         while left > 0 {
             cells.push(Cell { len: left.min(cell_len), ..Cell::default() });
             left -= left.min(cell_len);
         }
-        for run in runs {
-            let mut at = run.range.start.0 - start;
-            let end = at + run.range.len.0;
-            while at < end {
-                let index = at / cell_len;
-                let next = end.min((index + 1) * cell_len);
-                let cell = usize::try_from(index).ok().and_then(|index| cells.get_mut(index));
-                if let Some(cell) = cell {
-                    cell.add(run.kind, run.depth, next - at);
-                }
-                at = next;
+        Picture { start: range.start.0, cell_len, cells }
+    }
+
+    /// Draw a run of the range.
+    pub fn add(&mut self, run: Run) {
+        let mut at = run.range.start.0.saturating_sub(self.start);
+        let end = at + run.range.len.0;
+        while at < end {
+            let index = at / self.cell_len;
+            let next = end.min((index + 1) * self.cell_len);
+            let cell = usize::try_from(index).ok().and_then(|index| self.cells.get_mut(index));
+            if let Some(cell) = cell {
+                cell.add(run.kind, run.depth, next - at);
             }
+            at = next;
         }
-        Picture { cell_len, cells }
     }
 
     /// With characters: how full each cell is, or which layer has most of it.
-    pub fn chart(&self, start: u64, by: By) -> String {
+    pub fn chart(&self, by: By) -> String {
         let mut text = String::new();
-        let mut at = start;
+        let mut at = self.start;
         for line in self.cells.chunks(COLUMNS) {
             // Writing to a string does not fail.
             let _ = write!(text, "{at:#018x} ");
@@ -162,8 +167,6 @@ impl Cell {
 
 #[cfg(test)]
 mod tests {
-    use bedplate_engine::units::ByteRange;
-
     use super::*;
 
     #[test]
@@ -177,8 +180,9 @@ mod tests {
             run(16384, 4096, 0, Kind::Compressed),
             run(20480, 1, 0, Kind::Damaged),
         ];
-        let picture = Picture::new(&runs, 0, 20481);
-        let line = |by| picture.chart(0, by).lines().next().map(str::to_owned).unwrap();
+        let mut picture = Picture::new(ByteRange::new(0, 20481));
+        runs.into_iter().for_each(|run| picture.add(run));
+        let line = |by| picture.chart(by).lines().next().map(str::to_owned).unwrap();
         assert_eq!(line(By::Fullness), "0x0000000000000000 █░.-c!");
         assert_eq!(line(By::Layer), "0x0000000000000000 01.20!");
         assert_eq!(picture.cells.iter().map(|cell| cell.len).sum::<u64>(), 20481);
@@ -186,8 +190,8 @@ mod tests {
 
     #[test]
     fn pictures_of_nothing_and_of_everything_are_small() {
-        assert!(Picture::new(&[], 0, 0).cells.is_empty());
+        assert!(Picture::new(ByteRange::new(0, 0)).cells.is_empty());
         let most = bedplate_engine::units::VOLUME_SIZE_MAX;
-        assert_eq!(Picture::new(&[], 0, most).cells.len(), 1024);
+        assert_eq!(Picture::new(ByteRange::new(0, most)).cells.len(), 1024);
     }
 }

@@ -145,7 +145,7 @@ fn add_tables(info: &mut Info, layer: &Qcow2Layer) {
         (Ok(bitmaps), Some(FormatSpecific::Qcow2(qcow2))) => {
             qcow2.bitmaps = bitmaps.iter().map(bitmap).collect()
         }
-        (Ok(_), Some(FormatSpecific::LonghornReplica(_)) | None) => {}
+        (Ok(_), Some(FormatSpecific::LonghornReplica(_) | FormatSpecific::BedplateVolume(_)) | None) => {}
         (Err(error), _) => info.lacks(&error),
     }
 }

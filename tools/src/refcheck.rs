@@ -190,7 +190,12 @@ impl<'a> Scan<'a> {
     /// An entry that points at `at` says whether it is the only one.
     fn copied(&mut self, at: u64, is_copied: bool, what: impl Fn() -> String) {
         let cluster = at / self.file.geometry().cluster_size();
-        let stored = place(&self.window, cluster).and_then(|place| self.stored.get(place).copied());
+        let stored = match place(&self.window, cluster) {
+            Some(place) => self.stored.get(place).copied(),
+            // What the file does not have has no refcount.
+            None if at >= self.file.source.len() && self.pass == Pass::First => Some(0),
+            None => None,
+        };
         if let Some(refcount) = stored
             && (refcount == 1) != is_copied
         {
@@ -204,10 +209,13 @@ impl<'a> Scan<'a> {
         let geometry = self.file.geometry();
         self.refer(table.offset.0, u64::from(table.entries) * 8, || "an L1 table".to_owned());
         for (index, word) in self.file.l1(table)?.into_iter().enumerate() {
+            let name = || format!("L1 entry {index} ({word:#018x})");
             if word & !COPIED == 0 {
+                if word != 0 {
+                    self.corruption(|| format!("{} has the copied flag, but points nowhere", name()));
+                }
                 continue;
             }
-            let name = || format!("L1 entry {index} ({word:#018x})");
             if word & L1_RESERVED != 0 {
                 self.corruption(|| format!("{} has reserved bits set", name()));
             }

@@ -82,6 +82,7 @@ pub fn open(path: &Path, args: &OpenArgs) -> Result<Stack> {
     if path.is_dir() {
         return match directory::open(path)? {
             Directory::Replica(replica) => replica.into_stack(args.snapshot.as_deref(), &args.files),
+            Directory::Volume(volume) => volume.into_stack(args.snapshot.as_deref(), &args.files),
         };
     }
     let file = open_file(path)?;

@@ -126,7 +126,8 @@ fn info_shows_the_chain_and_check_finds_nothing() {
             }
             assert_eq!(layer["size"], snapshot["layer_size"]);
         }
-        assert_eq!(inspect(&["check", replica]).code, 0);
+        let checked = inspect(&["check", replica, "--data", "-o", "json"]);
+        assert_eq!((checked.code, &checked.json()["check-errors"]), (0, &0.into()), "{}", checked.stdout);
         assert!(inspect(&["info", replica]).stdout.contains("volume-head-"));
     }
 }

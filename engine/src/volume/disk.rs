@@ -466,6 +466,15 @@ fn lock(path: &Path) -> Result<Flock<File>> {
     })
 }
 
+/// Who serves the disk `path`, if anybody does; the disk is left alone.
+pub fn served_by(path: &Path) -> Result<Option<String>> {
+    let record = path.join(DISK_RECORD);
+    let file = File::open(&record).map_err(|e| Error::io("open", &record, e))?;
+    // Files of other file systems may have the same number, so a holder's lock is felt for, shared and for a moment.
+    let is_held = || matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock));
+    Ok(holder_of(&file).filter(|_| is_held()))
+}
+
 /// Who holds the lock of this file, as far as the system tells.
 fn holder_of(file: &File) -> Option<String> {
     let inode = file.metadata().ok()?.ino();

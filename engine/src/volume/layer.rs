@@ -64,12 +64,27 @@ pub fn create(storage: &dyn Storage, layer: Uuid, blocks: BlockCount) -> Result<
 
 /// Open a layer and read its map, from the medium: after a failed sync the page cache may hold what the disk does not.
 pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
-    let dir = dir(layer);
-    match storage.remove_file(&staged_path(&dir)) {
+    match storage.remove_file(&staged_path(&dir(layer))) {
         Err(error) if !error.is_not_found() => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    let map = storage.open(&map_path(&dir), Open::ReadWrite)?;
+    let layer = load(storage, layer, Open::ReadWrite, Open::Direct)?;
+    // The length is only made durable together with data.
+    let wanted = layer.index.block_count().len().0;
+    if layer.data.len()? < wanted {
+        layer.data.set_len(wanted)?;
+    }
+    Ok(layer)
+}
+
+/// Look at a layer of a disk that nobody serves; nothing is changed.
+pub fn inspect(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
+    load(storage, layer, Open::Read, Open::Read)
+}
+
+fn load(storage: &dyn Storage, layer: Uuid, map: Open, data: Open) -> Result<Layer> {
+    let dir = dir(layer);
+    let map = storage.open(&map_path(&dir), map)?;
     map.drop_cache()?;
     // The medium works while what has come is decoded.
     map.read_ahead();
@@ -99,16 +114,11 @@ pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
     let damaged_log = replayed
         .damage
         .map(|(what, at)| format!("{what}, at byte {} of {}", header.log_offset + at, map.path().display()));
-    let data = storage.open(&data_path(&dir), Open::Direct)?;
+    let data = storage.open(&data_path(&dir), data)?;
     let marked = read_fault(storage, &dir)?;
     if marked.is_some() {
         // Where the file system cannot read past the page cache, that still holds what a failed sync did not write.
         data.drop_cache()?;
-    }
-    // The length is only made durable together with data.
-    let wanted = header.block_count.len().0;
-    if data.len()? < wanted {
-        data.set_len(wanted)?;
     }
     Ok(Layer {
         uuid: layer,
