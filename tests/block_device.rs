@@ -32,12 +32,12 @@ fn dd_without_notrunc_and_redirection_write_where_they_are_told() {
 }
 
 /// Random sizes, direct, several jobs with descriptors of their own.
-fn fio(rw: &str, seed: u32, runtime: Option<u32>) -> String {
+pub fn fio(volume: &str, rw: &str, seed: u32, runtime: Option<u32>) -> String {
     let bound = runtime.map_or(String::new(), |seconds| format!("--time_based --runtime={seconds}"));
     format!(
-        "fio --name={rw} --filename=$V/v --rw={rw} --direct=1 --ioengine=libaio --iodepth=8 --numjobs=4 \
+        "fio --name={rw} --filename=$V/{volume} --rw={rw} --direct=1 --ioengine=libaio --iodepth=8 --numjobs=4 \
          --offset_increment=32m --size=32m --bsrange=512-1m --blockalign=512 --verify=crc32c --verify_fatal=1 \
-         --verify_backlog=32 --randseed={seed} --end_fsync=1 --output=$T/fio-{seed} {bound} || {{ cat $T/fio-{seed} >&2; exit 1; }}"
+         --verify_backlog=32 --randseed={seed} --end_fsync=1 --output=$T/fio-{volume}-{seed} {bound} || {{ cat $T/fio-{volume}-{seed} >&2; exit 1; }}"
     )
 }
 
@@ -45,7 +45,7 @@ fn fio(rw: &str, seed: u32, runtime: Option<u32>) -> String {
 fn fio_verifies_random_and_sequential_writes_of_many_sizes_and_jobs() {
     let node = with_volume();
     for (seed, rw) in [(1, "randwrite"), (2, "write"), (3, "randrw")] {
-        node.sh(&fio(rw, seed, None));
+        node.sh(&fio("v", rw, seed, None));
     }
     node.run("image verify base");
 }
@@ -54,7 +54,8 @@ fn fio_verifies_random_and_sequential_writes_of_many_sizes_and_jobs() {
 fn fio_verifies_across_snapshots_merges_and_clones() {
     let node = with_volume();
     let seconds = if long() { 180 } else { 8 };
-    let mut writer = crate::util::run::Running::start(&mut node.shell(&fio("randwrite", 4, Some(seconds))));
+    let mut writer =
+        crate::util::run::Running::start(&mut node.shell(&fio("v", "randwrite", 4, Some(seconds))));
     let mut rounds = 0;
     while writer.is_running() {
         node.run(&format!("snapshot create v s{rounds}"));

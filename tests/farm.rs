@@ -2,7 +2,10 @@
 
 use std::{fs, time::Duration};
 
-use crate::util::{long, node::Node, origin::Origin};
+use crate::{
+    block_device::fio,
+    util::{long, node::Node, origin::Origin},
+};
 
 const VOLUMES: u64 = 20;
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -95,14 +98,8 @@ fn farm(node: &Node, files: &[&str]) {
         assert_eq!(node.json(&format!("image get {image}"))["sha512"], sum.as_str());
         assert_eq!(origin.sent(), node.scratch(file).metadata().unwrap().len());
     }
-    // Past what the file system uses, where the image has nothing, and over it.
-    let seconds = if long() { 60 } else { 3 };
-    node.sh_within(
-        &format!(
-            "fio --name=verify --filename=$V/v0:$V/v1:$V/v2 --size=64M --direct=1 --ioengine=libaio --iodepth=8 \
-             --rw=randrw --bsrange=512-256k --blockalign=512 --verify=crc32c --verify_fatal=1 --time_based \
-             --runtime={seconds} --norandommap=0 --serialize_overlap=1 > fio 2>&1 || {{ cat fio >&2; exit 1; }}"
-        ),
-        PATIENCE,
-    );
+    for (seed, name) in (1..).zip(&names[..files.len()]) {
+        let seconds = if long() { 60 } else { 2 };
+        node.sh_within(&fio(name, "randwrite", seed, Some(seconds)), PATIENCE);
+    }
 }

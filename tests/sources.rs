@@ -2,6 +2,8 @@
 
 use std::{fs, net::TcpListener};
 
+use serde_json::Value;
+
 use crate::util::{content::pattern, node::Node, origin::Origin, run::until};
 
 const PASSWORD: &str = "correct-horse-battery";
@@ -65,4 +67,45 @@ fn a_source_that_is_not_there_is_not_found_at_once_and_nothing_is_made() {
     }
     assert!(!node.files_on_disk().iter().any(|file| file.starts_with("images/")));
     node.run("image create i --from volume:v@s --wait");
+}
+
+#[test]
+fn a_longhorn_replica_with_its_backing_file_becomes_an_image() {
+    let node = Node::start();
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/longhorn/02-raw-backing.tar.zst");
+    node.sh(&format!("tar -I zstd -xf {fixture}"));
+    let expected: Value =
+        serde_json::from_slice(&fs::read(node.scratch("02-raw-backing/expected.json")).unwrap()).unwrap();
+    let said = node.refused("image create no --from 02-raw-backing/replica --wait", 5);
+    assert!(said.contains("--backing"), "{said}");
+    let create = |name: &str, flags: &str| {
+        let from = "--from 02-raw-backing/replica --backing 02-raw-backing/backing/backing";
+        node.run(&format!("image create {name} {from} {flags} --wait"));
+        node.sha512(&node.image(name))
+    };
+    assert_eq!(create("head", ""), expected["head"]["sha512"].as_str().unwrap());
+    for (name, snapshot) in expected["snapshots"].as_object().unwrap() {
+        assert_eq!(create(name, &format!("--snapshot {name}")), snapshot["sha512"].as_str().unwrap());
+        let image = node.json(&format!("image get {name}"));
+        assert!(image["source"].as_str().unwrap().ends_with(&format!("replica@{name}")), "{image}");
+    }
+}
+
+#[test]
+fn a_qcow2_file_and_those_that_it_names_become_one_image_where_that_is_allowed() {
+    let node = Node::start();
+    node.sh("mkdir images; cd images; head -c 3M /dev/urandom > base.raw
+         qemu-img create -q -f qcow2 -F raw -b base.raw middle.qcow2 4M
+         qemu-io -f qcow2 -c 'write -P 1 1M 64k' middle.qcow2 > said
+         qemu-img create -q -f qcow2 -F qcow2 -b middle.qcow2 top.qcow2
+         qemu-io -f qcow2 -c 'write -P 2 2M 64k' top.qcow2 > said; qemu-img convert -O raw top.qcow2 whole");
+    let said = node.refused("image create no --from images/top.qcow2 --wait", 5);
+    assert!(said.contains("middle.qcow2") && said.contains("--allow-references"), "{said}");
+    node.run("image create all --from images/top.qcow2 --allow-references images --wait");
+    node.sh("cmp images/whole $I/all; rm -r images; cmp $I/all $I/all");
+    assert_eq!(node.json("image get all")["format"], "raw");
+    node.sh("mkdir outside inside; qemu-img create -q -f raw outside/secret 1M
+             qemu-img create -q -f qcow2 -F raw -b $PWD/outside/secret inside/x.qcow2");
+    node.refused("image create leak --from inside/x.qcow2 --allow-references inside --wait", 5);
+    node.refused("image create odd --from http://127.0.0.1:1/x --backing inside", 1);
 }

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bedplate::{
-    images::{CreateImage, DiskDir, Host, Images, Settings},
+    images::{CreateImage, DiskDir, Host, Images, Parts, Settings},
     prep::checksum::Hasher,
 };
 use bedplate_engine::device::BlockDevice;
@@ -185,6 +185,7 @@ fn prepare(source: &Path, disk: &Path) -> Result<f64> {
         disk: None,
         deadline: Some(IMAGE_WITHIN),
         internal_snapshot: None,
+        parts: Parts::default(),
     };
     let start = Instant::now();
     images.create(&request)?;

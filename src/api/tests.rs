@@ -99,6 +99,8 @@ async fn an_image_begins_pending_and_a_refused_delete_names_the_users() {
         checksum: None,
         deadline_s: None,
         internal_snapshot: None,
+        backing: None,
+        allow_references: None,
     };
     assert_eq!(server.client.create_image(&request).await.unwrap().state, ImageState::Pending);
     let error = server.client.delete_image("a").await.unwrap_err();

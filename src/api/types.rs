@@ -301,9 +301,16 @@ pub struct CreateImage {
     /// The longest that it may take.
     #[serde(default)]
     pub deadline_s: Option<u64>,
-    /// The internal snapshot of a qcow2 file that is to be the image's content, by id or name.
+    /// The snapshot that is to be the image's content: an internal one of a qcow2 file by id or name, or one of a replica.
     #[serde(default)]
     pub internal_snapshot: Option<String>,
+    /// What a Longhorn replica directory stands on: the absolute path of a raw or qcow2 file.
+    #[serde(default)]
+    pub backing: Option<String>,
+    /// The absolute path of the directory in which the files must lie that a qcow2 file names; all of them become one
+    /// raw image.
+    #[serde(default)]
+    pub allow_references: Option<String>,
 }
 
 /// Make a volume.

@@ -74,6 +74,15 @@ pub enum RecordState {
     Failed { failure: FailureRecord, published: Option<Published> },
 }
 
+/// Where the other files of a source lie whose content is joined into one image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Parts {
+    /// What a directory of layers stands on.
+    pub backing: Option<String>,
+    /// The directory that the files which a qcow2 file names must lie in.
+    pub allow_references: Option<String>,
+}
+
 /// The record of one image on one disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageRecord {
@@ -88,6 +97,8 @@ pub struct ImageRecord {
     pub deadline_s: Option<u64>,
     /// The internal snapshot of a qcow2 file that is its content, by id or name.
     pub internal_snapshot: Option<String>,
+    /// Of an image that is made of several files.
+    pub parts: Parts,
     pub state: RecordState,
 }
 
@@ -107,6 +118,10 @@ struct RecordFile {
     deadline_s: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     internal_snapshot: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allow_references: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format: Option<Format>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -178,6 +193,8 @@ impl ImageRecord {
             expected_checksum: self.expected.clone(),
             deadline_s: self.deadline_s,
             internal_snapshot: self.internal_snapshot.clone(),
+            backing: self.parts.backing.clone(),
+            allow_references: self.parts.allow_references.clone(),
             format: published.map(|p| p.format),
             size_bytes: published.map(|p| p.stamp.size_bytes),
             virtual_size_bytes: published.map(|p| p.virtual_size_bytes),
@@ -266,6 +283,7 @@ impl RecordFile {
             expected: self.expected_checksum,
             deadline_s: self.deadline_s,
             internal_snapshot: self.internal_snapshot,
+            parts: Parts { backing: self.backing, allow_references: self.allow_references },
             state,
         })
     }
@@ -284,6 +302,7 @@ mod tests {
             expected: None,
             deadline_s: Some(60),
             internal_snapshot: Some("1".to_owned()),
+            parts: Parts { backing: Some("/b".to_owned()), allow_references: Some("/d".to_owned()) },
             state: RecordState::Ready(Published {
                 format: Format::Qcow2,
                 virtual_size_bytes: 1 << 20,

@@ -55,9 +55,17 @@ Examples:
         /// The file's SHA-512 in hexadecimal, or sha256:HEX; any other bytes are refused with exit code 5
         #[arg(long, value_name = "HEX")]
         checksum: Option<String>,
-        /// Take this internal snapshot of a qcow2 file, by id or name, instead of what was written last
+        /// Take this snapshot instead of what was written last: an internal one of a qcow2 file by id or name, or one of
+        /// a Longhorn replica
         #[arg(long, value_name = "ID")]
         snapshot: Option<String>,
+        /// The backing file of a Longhorn replica directory (raw or qcow2), none where there is none
+        #[arg(long, value_name = "FILE")]
+        backing: Option<String>,
+        /// Join a qcow2 file and the backing and data files that it names, which must lie in this directory, into one
+        /// raw image
+        #[arg(long, value_name = "DIR")]
+        allow_references: Option<String>,
         /// The longest that it may take (90s, 10m, 2h); then it has failed, whether or not somebody waits
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         deadline: Option<Duration>,
@@ -151,13 +159,32 @@ impl Verb {
 
 pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
     match verb {
-        Verb::Create { name, from, checksum, snapshot, deadline, wait, output } => {
+        Verb::Create {
+            name,
+            from,
+            checksum,
+            snapshot,
+            backing,
+            allow_references,
+            deadline,
+            wait,
+            output,
+        } => {
             let from_stdin = from == upload::STDIN;
             let source = if from_stdin { from } else { absolute_source(&source::read(&from)?)? };
             // Never less than was asked for.
             let deadline_s =
                 deadline.map(|deadline| deadline.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX));
-            let request = CreateImage { name, source, checksum, deadline_s, internal_snapshot: snapshot };
+            let absolute = |path: Option<String>| path.as_deref().map(absolute_path).transpose();
+            let request = CreateImage {
+                name,
+                source,
+                checksum,
+                deadline_s,
+                internal_snapshot: snapshot,
+                backing: absolute(backing)?,
+                allow_references: absolute(allow_references)?,
+            };
             let image = if from_stdin {
                 upload::create(client, request, wait.timeout).await?
             } else {
@@ -184,6 +211,10 @@ fn absolute_source(from: &str) -> Result<String, Failure> {
     if source::is_url(from) || from.starts_with("volume:") || from.starts_with("image:") {
         return Ok(from.to_owned());
     }
+    absolute_path(from)
+}
+
+fn absolute_path(from: &str) -> Result<String, Failure> {
     let path =
         std::path::absolute(from).map_err(|source| Failure::Io { what: format!("{from:?}"), source })?;
     path.into_os_string()

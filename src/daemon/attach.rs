@@ -11,7 +11,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bedplate_fuse::FileIdentity;
@@ -27,6 +27,9 @@ use crate::api::problem::{Code, Refusal};
 const RECORD: &str = "attached.json";
 /// How long a request waits for another one of the same volume: that makes a few calls of `losetup`.
 const TURN_MAX: Duration = Duration::from_secs(60);
+/// How long a device that was detached may stay open elsewhere before that is an error, and how often that is looked at.
+const CLOSE_WITHIN: Duration = Duration::from_secs(1);
+const CLOSE_POLL: Duration = Duration::from_millis(10);
 
 /// A device and the file behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,6 +173,11 @@ impl Attachments {
                 return Err(Refusal::new(Code::InUse, detail));
             }
             self.losetup.detach(device)?;
+            // Programs that look at every block device have it open for a moment; nobody tells when they close it.
+            let deadline = Instant::now() + CLOSE_WITHIN;
+            while is_bound(device) && Instant::now() < deadline {
+                std::thread::sleep(CLOSE_POLL);
+            }
             if is_bound(device) {
                 let detail = format!(
                     "volume {name:?} is in use: a process has {} open; it is detached when that ends",

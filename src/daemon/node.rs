@@ -292,6 +292,7 @@ impl Node for LocalNode {
             disk: None,
             deadline: request.deadline_s.map(Duration::from_secs),
             internal_snapshot: request.internal_snapshot,
+            parts: images::Parts { backing: request.backing, allow_references: request.allow_references },
         })?;
         Ok(self.show_image(info))
     }

@@ -10,7 +10,10 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::{
-    catalog::{name::NameError, record::FailureRecord},
+    catalog::{
+        name::NameError,
+        record::{FailureRecord, Parts},
+    },
     prep::{progress::Progress, source::http::HttpSettings},
 };
 
@@ -64,6 +67,9 @@ pub struct CreateImage {
     pub deadline: Option<Duration>,
     /// The internal snapshot of a qcow2 file that is to be its content, by id or name.
     pub internal_snapshot: Option<String>,
+    /// Where the other files lie, of a source whose content is joined from several. `internal_snapshot` is then a
+    /// snapshot of whatever the source is.
+    pub parts: Parts,
 }
 
 /// How an image, or a copy of it, is.

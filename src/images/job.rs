@@ -4,7 +4,11 @@
 //! name, the record says *ready*; and what a failure leaves behind. A job ends by [`Service::ended`], whatever happens
 //! in it. Upholds the service's part of invariants 5 and 9.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bedplate_engine::{
     error::Error as Storage,
@@ -15,6 +19,7 @@ use bedplate_engine::{
     },
     units::{ByteLen, ByteRange},
 };
+use bedplate_inspect::source::{self as inspect, FileArgs, OpenArgs};
 use uuid::Uuid;
 
 use super::{
@@ -25,7 +30,7 @@ use super::{
 };
 use crate::{
     catalog::{
-        record::{FailureCode, FailureRecord, IMAGE_SIZE_MAX, ImageRecord, Published, RecordState},
+        record::{FailureCode, FailureRecord, IMAGE_SIZE_MAX, ImageRecord, Parts, Published, RecordState},
         store::{IMAGE, ImageDir, PARTIAL_DATA, PARTIAL_RECORD, stamp},
     },
     directory::Open,
@@ -160,6 +165,9 @@ impl Service {
 
     fn fetch(self: &Arc<Self>, spec: Spec, origin: Origin, record: &mut ImageRecord) -> Result<Arrived> {
         match origin {
+            Origin::Path(path) if path.is_dir() || record.parts != Parts::default() => {
+                joined(spec, &path, record)
+            }
             Origin::Path(path) => arrive(&spec, &mut FileSource::new(&path)),
             Origin::Http(origin) => {
                 let settings = self.settings.http.clone();
@@ -264,6 +272,27 @@ impl Service {
         drop(table);
         self.notify();
     }
+}
+
+/// One raw image of what several files hold: a qcow2 file and those that it names, or a directory of layers.
+fn joined(mut spec: Spec, path: &Path, record: &mut ImageRecord) -> Result<Arrived> {
+    let Parts { backing, allow_references } = &record.parts;
+    let files = FileArgs {
+        allow_references: allow_references.as_ref().map(PathBuf::from),
+        backing: backing.as_ref().map(PathBuf::from),
+    };
+    let args = OpenArgs { format: None, snapshot: record.internal_snapshot.clone(), files };
+    let stack = inspect::open(path, &args)?;
+    for note in stack.notes() {
+        tracing::warn!(image = %record.name, note, "what is joined into an image");
+    }
+    spec.format = Some(Format::Raw);
+    let arrived = arrive(&spec, &mut DeviceSource::new(Arc::new(stack)))?;
+    // The snapshot has become the content, and the source says which it was.
+    if let Some(snapshot) = record.internal_snapshot.take() {
+        record.source = format!("{}@{snapshot}", record.source);
+    }
+    Ok(arrived)
 }
 
 /// The size of the device over what has arrived, which errors call `path`; refuses what could not be served.

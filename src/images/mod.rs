@@ -37,12 +37,12 @@ use crate::{
     prep::{
         checksum::Expected,
         partial::Kept,
-        source::upload::{Parts, UploadSource},
+        source::upload::{Parts as UploadParts, UploadSource},
     },
 };
 pub use crate::{
     catalog::{
-        record::{FailureCode, FailureRecord},
+        record::{FailureCode, FailureRecord, Parts},
         store::DiskDir,
     },
     prep::{
@@ -85,6 +85,10 @@ impl Images {
                 "{what}; for one of a volume, write volume:{name}@{snapshot}"
             )));
         }
+        if request.parts != Parts::default() && !matches!(origin, Origin::Path(_)) {
+            let what = "--backing and --allow-references are for files and directories of this machine";
+            return Err(Error::Invalid(what.to_owned()));
+        }
         self.check_origin(&origin)?;
         let service = &self.0;
         let _naming = service.naming.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,6 +101,7 @@ impl Images {
             expected: expected.as_ref().map(Expected::to_string),
             deadline_s: request.deadline.map(|deadline| deadline.as_secs().max(1)),
             internal_snapshot: request.internal_snapshot.clone(),
+            parts: request.parts.clone(),
             state: RecordState::Pending,
         };
         let (dir, store) = match failed {
@@ -130,7 +135,7 @@ impl Images {
     }
 
     /// Where the bytes of an image go that was created to be uploaded. There is one sender, once.
-    pub fn upload(&self, name: &str) -> Result<Parts> {
+    pub fn upload(&self, name: &str) -> Result<UploadParts> {
         let mut table = self.0.lock();
         let (name, image) = table.image_mut(name)?;
         let state = "not waiting for an upload; create it with the source \"upload\" first".to_owned();

@@ -85,6 +85,7 @@ fn a_volume_has_no_internal_snapshots_and_that_is_said_before_it_is_copied() {
         disk: None,
         deadline: None,
         internal_snapshot: Some("monday".to_owned()),
+        parts: Parts::default(),
     };
     let refused = node.images.create(&request);
     assert!(

@@ -423,6 +423,7 @@ fn a_job_ends_at_its_deadline() {
         disk: None,
         deadline: Some(Duration::from_secs(1)),
         internal_snapshot: None,
+        parts: Parts::default(),
     };
     node.images.create(&request).unwrap();
     let early = node.runtime.block_on(node.images.wait("a", Duration::from_millis(50)));

@@ -110,6 +110,7 @@ impl Node {
             disk: None,
             deadline: None,
             internal_snapshot: None,
+            parts: Parts::default(),
         })
     }
 

@@ -313,7 +313,7 @@ impl Qcow2Layer {
 }
 
 /// What to do about an image that is not one file.
-const REMEDY: &str = "an image must be one file: make one with `qemu-img convert -O qcow2`";
+const REMEDY: &str = "an image must be one file: --allow-references DIR joins them";
 
 fn data_file_needed(data_file: &DataFile) -> String {
     let name = data_file.name.as_deref().map_or("unnamed".into(), String::from_utf8_lossy);
