@@ -167,6 +167,21 @@ impl Layer for FileLayer {
         Ok(())
     }
 
+    /// Holes of a raw image are read like everything else.
+    fn each_to_read(
+        &self,
+        range: ByteRange,
+        found: &mut dyn FnMut(Segment) -> ControlFlow<()>,
+    ) -> Result<()> {
+        match self.holes {
+            Some(Holes::Below) => self.each(range, found),
+            Some(Holes::Zero) | None => {
+                let _ = found(Segment { range, place: Place::Data { host: range.start } });
+                Ok(())
+            }
+        }
+    }
+
     fn read(&self, segment: Segment, buffer: &mut [u8]) -> Result<()> {
         match segment.place {
             Place::Data { host } => {

@@ -32,6 +32,15 @@ pub trait Layer: Send + Sync {
     /// The segments of `range`, within the size, in order and without gaps, until `found` breaks.
     fn each(&self, range: ByteRange, found: &mut dyn FnMut(Segment) -> ControlFlow<()>) -> Result<()>;
 
+    /// The same for reading: holes that are zeros may be called data, where telling costs more than reading.
+    fn each_to_read(
+        &self,
+        range: ByteRange,
+        found: &mut dyn FnMut(Segment) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.each(range, found)
+    }
+
     /// Fill `buffer`, which is as long as the segment, which is no [`Place::Backing`].
     fn read(&self, segment: Segment, buffer: &mut [u8]) -> Result<()>;
 
@@ -102,6 +111,13 @@ pub struct Stack {
     notes: Vec<String>,
 }
 
+/// What a walk is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Map,
+    Read,
+}
+
 /// What is called with each run and the segment of its layer.
 type Found<'a> = dyn FnMut(Run, Segment) -> Result<ControlFlow<()>> + 'a;
 
@@ -138,7 +154,7 @@ impl Stack {
     pub fn each(&self, range: ByteRange, mut found: impl FnMut(Run) -> ControlFlow<()>) -> Result<()> {
         let range = ByteRange::within(range.start.0, range.len.0, ByteLen(self.size))?;
         let mut pending: Option<Run> = None;
-        let flow = self.walk(0, range, &mut |run, _| {
+        let flow = self.walk(Purpose::Map, 0, range, &mut |run, _| {
             if pending.as_mut().is_some_and(|last| last.absorb(run)) {
                 return Ok(ControlFlow::Continue(()));
             }
@@ -160,7 +176,13 @@ impl Stack {
     }
 
     /// The runs of `range` as the layer at `depth` has them. The number of layers bounds how deep this calls itself.
-    fn walk(&self, depth: usize, range: ByteRange, found: &mut Found<'_>) -> Result<ControlFlow<()>> {
+    fn walk(
+        &self,
+        purpose: Purpose,
+        depth: usize,
+        range: ByteRange,
+        found: &mut Found<'_>,
+    ) -> Result<ControlFlow<()>> {
         let Some(layer) = self.layers.get(depth) else {
             let (depth, kind) = match self.floor {
                 Floor::Zeros => (depth.saturating_sub(1), Kind::Absent),
@@ -170,16 +192,20 @@ impl Stack {
         };
         let mut flow = Ok(ControlFlow::Continue(()));
         if let Some(inside) = range.intersect(ByteRange::new(0, layer.size())) {
-            layer.each(inside, &mut |segment| {
+            let mut segment_found = |segment: Segment| {
                 flow = match kind(segment.place) {
                     Some(kind) => found(Run { range: segment.range, depth, kind }, segment),
-                    None => self.walk(depth + 1, segment.range, found),
+                    None => self.walk(purpose, depth + 1, segment.range, found),
                 };
                 match flow {
                     Ok(ControlFlow::Continue(())) => ControlFlow::Continue(()),
                     Ok(ControlFlow::Break(())) | Err(_) => ControlFlow::Break(()),
                 }
-            })?;
+            };
+            match purpose {
+                Purpose::Map => layer.each(inside, &mut segment_found)?,
+                Purpose::Read => layer.each_to_read(inside, &mut segment_found)?,
+            }
         }
         let past = range.start.0.max(layer.size());
         match flow {
@@ -244,7 +270,7 @@ impl BlockDevice for Stack {
             rest = after;
             self.read_run(run, segment, part).map(ControlFlow::Continue)
         };
-        self.walk(0, range, &mut read).map(drop)
+        self.walk(Purpose::Read, 0, range, &mut read).map(drop)
     }
 
     /// Damaged ranges count as data, so that whoever wants them reads them and is told.
