@@ -63,23 +63,21 @@ impl Disk {
         let mut layers = Vec::new();
         for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
             let log_len = if layer.uuid == record.head { LogLen::LIVE } else { LogLen::Sealed };
-            let mut found = recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?;
-            if let Some(found) = found.as_mut().filter(|_| layer.uuid == record.head) {
-                found
-                    .guessed
-                    .extend(uncertain.iter().flat_map(|blocks| blocks.iter()).map(BlockRange::bytes));
-            }
-            layers.extend(found);
+            layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
             self.tree().forget_indexes(layer.uuid);
         }
+        let is_head = |layer: &RecoveredLayer| layer.layer == record.head;
         if let Some(reason) = open.as_ref().and_then(|volume| volume.live().err())
-            && layers.is_empty()
+            && !layers.iter().any(is_head)
         {
-            layers.push(RecoveredLayer {
-                layer: record.head,
-                reason: reason.to_string(),
-                guessed: Vec::new(),
-            });
+            // Nothing on the disk says so: a switch that may not have happened, or a mark that could not be left.
+            let reason = reason.to_string();
+            layers.push(RecoveredLayer { layer: record.head, reason, guessed: Vec::new() });
+        }
+        if let Some(head) = layers.iter_mut().find(|layer| is_head(layer)) {
+            let volume = ByteRange::new(0, record.size_bytes);
+            let uncertain = uncertain.iter().flat_map(|blocks| blocks.iter());
+            head.guessed.extend(uncertain.filter_map(|blocks| blocks.bytes().intersect(volume)));
         }
         drop(claim);
         let info = match open.filter(|_| whole.is_some()) {

@@ -67,6 +67,29 @@ fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
     assert_eq!(first_byte(&open(&Arc::new(storage.kill()))), 7);
 }
 
+#[test]
+fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked() {
+    let (storage, disk) = disk(65536);
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 8192], 0, Durability::Fua).expect("written");
+    volume.write_at(&[2; 4096], 0, Durability::Volatile).expect("written in place");
+    volume.write_at(&[2; 4096], 12288, Durability::Volatile).expect("written");
+    storage.set_faults(|call| {
+        let fails = (call.kind == CallKind::Sync && call.path.ends_with("/data"))
+            || (call.kind == CallKind::Create && call.path.ends_with("/failed"));
+        fails.then_some(Fault::Error(ErrorKind::Other))
+    });
+    volume.flush().expect_err("the medium fails");
+    storage.clear_faults();
+    let lost = |offset| matches!(volume.read_at(&mut [0; 4096], offset), Err(Error::Lost { .. }));
+    assert_eq!([0, 4096, 8192, 12288].map(lost), [true, false, false, true]);
+    drop(volume);
+    let recovered = disk.recover("v").expect("recovered");
+    let guessed: Vec<ByteRange> = recovered.layers.into_iter().flat_map(|layer| layer.guessed).collect();
+    assert_eq!(guessed, [ByteRange::new(0, 4096), ByteRange::new(12288, 4096)]);
+    disk.volume("v").expect("there").write_at(&[3; 4096], 0, Durability::Fua).expect("it takes writes again");
+}
+
 /// Write the first sector's worth of entries of a record, and `last` into its second sector; of the record only the
 /// sector with this number in the log reaches the medium before the machine dies.
 fn flush_torn(storage: &Arc<MemoryStorage>, disk: &Disk, last: u64, kept: u64) -> Arc<MemoryStorage> {
