@@ -254,7 +254,8 @@ impl Disk {
         let life = self.life();
         let device = self.volume(volume)?;
         if let (None, Backend::ReadOnly { view, .. }) = (snapshot, &device.backend) {
-            return Ok(Snapshot { view: view.clone() });
+            let hold = device.hold("a view of what can be read of it")?;
+            return Ok(Snapshot { view: view.clone(), _hold: Some(hold) });
         }
         let (top, size, temporary) = match snapshot {
             Some(name) => {
@@ -272,9 +273,9 @@ impl Disk {
         // The view holds its files open and its epoch, so the name has done its work, and also when there is no view.
         if let Some(name) = temporary {
             let deleted = self.delete_snapshot(volume, &name);
-            return view.and_then(|view| deleted.map(|_| Snapshot { view }));
+            return view.and_then(|view| deleted.map(|_| Snapshot { view, _hold: None }));
         }
-        Ok(Snapshot { view: view? })
+        Ok(Snapshot { view: view?, _hold: None })
     }
 
     /// What a frozen layer and everything below it read as.

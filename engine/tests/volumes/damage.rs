@@ -81,6 +81,20 @@ fn a_damaged_header_fails_the_volume_alone_and_recovery_finds_its_blocks() {
 }
 
 #[test]
+fn what_is_viewed_of_a_damaged_volume_is_not_recovered_and_written_to_beneath_the_view() {
+    let (fixture, _) = written();
+    let map = layer_file(&fixture, "map");
+    let mut bytes = fs::read(&map).expect("a map");
+    bytes[4096 + 50] ^= 1;
+    fs::write(&map, bytes).expect("damaged");
+    let disk = fixture.disk();
+    let view = disk.view("v", None).expect("viewed");
+    assert!(matches!(disk.recover("v"), Err(Error::InUse { .. })));
+    drop(view);
+    disk.recover("v").expect("recovered");
+}
+
+#[test]
 fn recovering_a_sound_volume_under_use_changes_nothing() {
     let (fixture, expected) = written();
     let disk = fixture.disk();
