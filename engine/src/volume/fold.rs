@@ -37,7 +37,7 @@ impl Disk {
     ) -> Result<Progress> {
         let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if !self.no_readers(&executors) {
+        if !self.no_readers(&executors, &self.slots_of([&lower, &upper])) {
             return Ok(Progress::Left);
         }
         let blocks = upper.index.block_count().max(lower.index.block_count());
@@ -104,7 +104,7 @@ impl Disk {
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if !self.wait_for_readers(&executors) {
+        if !self.wait_for_readers(&executors, &self.slots_of([lower, upper])) {
             // They go on reading it above; it goes with the file when the fold is done.
             return Err(Error::NoSpace { path: self.path() });
         }

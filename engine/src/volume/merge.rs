@@ -219,7 +219,7 @@ impl Disk {
         executor.republish(new_epoch);
         let view = executor.view();
         let Some(file) = view.layers.get(slot) else { return Ok(()) };
-        if !self.wait_for_readers(&[executor]) {
+        if !self.wait_for_readers(&[executor], &[slot]) {
             return Ok(());
         }
         let all = BlockRange { start: Block(0), count: view.index.head.block_count() };
@@ -313,7 +313,7 @@ impl Disk {
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if self.wait_for_readers(&executors) {
+        if self.wait_for_readers(&executors, &self.slots_of([lower, upper])) {
             for (run, _) in upper.index.runs(blocks).filter(|(_, state)| *state != BlockState::Absent) {
                 punch(&*lower.data, run);
             }
@@ -373,21 +373,30 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether nobody follows an older index of these volumes, or a snapshot.
-    pub(super) fn no_readers(&self, executors: &[&Executor]) -> bool {
-        // A volume that only reads follows the index that it was opened with.
-        let frozen_in_time = |volume: &Arc<Volume>| matches!(volume.backend, Backend::ReadOnly { .. });
+    /// Whether nobody follows an older index of these volumes over these layers, or a snapshot.
+    pub(super) fn no_readers(&self, executors: &[&Executor], layers: &[Slot]) -> bool {
+        // A volume that only reads follows the index that it was opened with; others go on beside it (invariant 12).
+        let frozen_in_time = |volume: &Arc<Volume>| match &volume.backend {
+            Backend::Live(_) => false,
+            Backend::ReadOnly { view, .. } => layers.iter().any(|slot| view.layers.get(*slot).is_some()),
+        };
         if self.tree().volumes.values().any(frozen_in_time) {
             return false;
         }
         executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views()
     }
 
+    /// What indexes call these layers; one that is not open nobody reads.
+    pub(super) fn slots_of(&self, layers: [&Layer; 2]) -> Vec<Slot> {
+        let tree = self.tree();
+        layers.into_iter().filter_map(|layer| tree.known_slot(layer.uuid)).collect()
+    }
+
     /// Wait until [`Disk::no_readers`]; `false`: there still are some.
-    pub(super) fn wait_for_readers(&self, executors: &[&Executor]) -> bool {
+    pub(super) fn wait_for_readers(&self, executors: &[&Executor], layers: &[Slot]) -> bool {
         let deadline = Instant::now() + EPOCH_WAIT_MAX;
         loop {
-            if self.no_readers(executors) {
+            if self.no_readers(executors, layers) {
                 return true;
             }
             if Instant::now() > deadline {
