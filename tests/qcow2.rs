@@ -1,6 +1,8 @@
 //! qcow2 at the built program, judged by `qemu-img`.
 
-use std::{fs, os::unix::fs::FileExt};
+use std::{fs, os::unix::fs::FileExt, path::Path, time::Duration};
+
+use serde_json::Value;
 
 use crate::util::{
     content::{MIB, pattern, sparse_image},
@@ -177,4 +179,62 @@ fn a_cluster_that_does_not_decode_fails_alone() {
     node.sh(
         "dd if=base.raw of=$V/v bs=64k count=16 conv=notrunc oflag=direct status=none; cmp base.raw $V/v",
     );
+}
+
+/// Longest image of the corpus that is read whole through the mount; the others are held against it by the engine's
+/// own tests.
+const READ_WHOLE_MAX: u64 = 64 * MIB;
+
+#[test]
+fn the_corpus_is_served_or_refused_as_it_should_be() {
+    let node = Node::start();
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/qcow2");
+    node.sh_within(&format!("{} corpus > made", corpus.display()), Duration::from_secs(120));
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(node.scratch("corpus/manifest.json")).unwrap()).unwrap();
+    let mut counts = [0; 3];
+    for entry in manifest["entries"].as_array().unwrap() {
+        let file = node.scratch("corpus").join(entry["file"].as_str().unwrap());
+        let (expect, of) = entry["expect"].as_object().unwrap().iter().next().unwrap();
+        if !fs::read(&file).unwrap().starts_with(b"QFI\xfb") {
+            // To a node that is a raw image.
+            continue;
+        }
+        let create = format!("image create x --from {} --wait --timeout 60s", file.display());
+        let lost_at_once = expect == "lost" && of["found_by"] != "read";
+        let refused = ["refused", "reference"].contains(&expect.as_str()) || lost_at_once;
+        if refused || of["references"] == true || of["size"] == 0 {
+            let said = node.refused(&create, 5);
+            if refused {
+                let naming = of["naming"].as_str().unwrap().to_lowercase();
+                assert!(said.to_lowercase().contains(&naming), "{}: {said}", entry["name"]);
+            }
+            let left: Vec<_> =
+                node.files_on_disk().into_iter().filter(|file| file.contains("images/x-")).collect();
+            assert!(left.iter().all(|file| file.ends_with("image.json")), "{}: {left:?}", entry["name"]);
+            counts[0] += 1;
+        } else if expect == "lost" {
+            node.run(&create);
+            node.run("volume create v --image x");
+            for range in of["ranges"].as_array().unwrap() {
+                let (start, len) = (range[0].as_u64().unwrap(), range[1].as_u64().unwrap());
+                node.sh(&format!(
+                    "! dd if=$V/v of=/dev/null bs={len} iflag=skip_bytes skip={start} count=1 status=none 2> err
+                     grep -q 'Input/output error' err"
+                ));
+            }
+            node.run("volume delete v");
+            counts[1] += 1;
+        } else {
+            node.run(&create);
+            let size = of["size"].as_u64().filter(|size| *size <= READ_WHOLE_MAX);
+            if let (Some(size), Some(sum)) = (size, of["content"]["sha512"].as_str()) {
+                let read = node.sh(&format!("head -c {size} $I/x | sha512sum | cut -d' ' -f1"));
+                assert_eq!(read.trim(), sum, "{}", entry["name"]);
+            }
+            counts[2] += 1;
+        }
+        node.run("image delete x");
+    }
+    assert!(counts[0] > 120 && counts[1] > 10 && counts[2] > 60, "{counts:?}");
 }

@@ -1,12 +1,13 @@
 //! `bedplate-bench`: figures that a README line can rest on.
 //!
-//! Two suites. `map`: what the map of a large volume costs in memory, time to open and time to look up. `prepare`: how
-//! fast an image arrives, beside what one core hashes. Run them from a release build; results are JSON, one object, and
+//! Three suites. `map`: what the map of a large volume costs in memory, time to open and time to look up. `prepare`: how
+//! fast an image arrives, beside what one core hashes. `qcow2`: reading and writing qcow2 files, beside `qemu-img`. Run them from a release build; results are JSON, one object, and
 //! are kept under `bench/results/`.
 
 mod machine;
 mod map;
 mod prepare;
+mod qcow2;
 
 use std::path::PathBuf;
 
@@ -49,6 +50,18 @@ enum Suite {
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
+    /// qcow2 files, read and written, beside `qemu-img` and the raw file.
+    Qcow2 {
+        /// Directory of a memory file system with room for six images.
+        #[arg(long, default_value = "/dev/shm")]
+        memory_dir: PathBuf,
+        /// Size of the image.
+        #[arg(long, default_value_t = 1024)]
+        size_mib: usize,
+        /// Rounds; the lanes of one round run one after another.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
     /// One measurement in a process of its own, so that its memory is its own. Used by `map`.
     #[command(hide = true)]
     MapLane { lane: map::Lane, disk: PathBuf },
@@ -60,6 +73,7 @@ fn main() -> anyhow::Result<()> {
         Suite::Prepare { dir, memory_dir, size_mib, rounds } => {
             prepare::run(&dir, &memory_dir, size_mib, rounds)
         }
+        Suite::Qcow2 { memory_dir, size_mib, rounds } => qcow2::run(&memory_dir, size_mib, rounds),
         Suite::MapLane { lane, disk } => map::run_lane(lane, &disk),
     }
 }

@@ -52,6 +52,10 @@ pub enum Lane {
     OneLayer,
     /// The same bytes under 200 layers.
     ManyLayers,
+    /// The reads of [`Lane::OneLayer`] from one bare file, without the engine.
+    OneBareFile,
+    /// The reads of [`Lane::ManyLayers`] from as many bare, sparse files, without the engine.
+    ManyBareFiles,
     /// Create volumes.
     Create,
 }
@@ -79,12 +83,16 @@ pub fn run(dir: &Path, memory_dir: &Path, rounds: usize) -> Result<()> {
         Lane::Create => disk_root.path().join("create"),
         Lane::OneLayer => memory_root.path().join("one"),
         Lane::ManyLayers => memory_root.path().join("many"),
+        Lane::OneBareFile => memory_root.path().join("one-bare"),
+        Lane::ManyBareFiles => memory_root.path().join("many-bare"),
     };
     make_empty(&place(Lane::OpenEmpty))?;
     make_full(&place(Lane::OpenFull))?;
     make_full(&place(Lane::Clone))?;
     make_layers(&place(Lane::OneLayer), 1)?;
     make_layers(&place(Lane::ManyLayers), LAYERS)?;
+    make_bare(&place(Lane::OneBareFile), 1)?;
+    make_bare(&place(Lane::ManyBareFiles), LAYERS)?;
     std::fs::create_dir(place(Lane::Create))?;
 
     let lanes = Lane::value_variants();
@@ -106,6 +114,8 @@ pub fn run(dir: &Path, memory_dir: &Path, rounds: usize) -> Result<()> {
     let derived = [
         ("open_full_to_read_checkpoint", ratio("open_full_ms", "read_checkpoint_ms")),
         ("many_layers_to_one", ratio("many_layers_reads_per_s", "one_layer_reads_per_s")),
+        // What the file system alone makes of the same reads: the rest of the ratio above is the engine's.
+        ("many_bare_files_to_one", ratio("many_bare_files_reads_per_s", "one_bare_file_reads_per_s")),
         ("many_layers_to_one_lookups", ratio("many_layers_lookups_per_s", "one_layer_lookups_per_s")),
     ];
     samples.extend(derived.map(|(name, values)| (name.to_owned(), values)));
@@ -140,6 +150,8 @@ pub fn run_lane(lane: Lane, path: &Path) -> Result<()> {
         Lane::Clone => measure_clone(path)?,
         Lane::OneLayer => measure_reads(path, "one_layer")?,
         Lane::ManyLayers => measure_reads(path, "many_layers")?,
+        Lane::OneBareFile => measure_bare(path, 1, "one_bare_file")?,
+        Lane::ManyBareFiles => measure_bare(path, LAYERS, "many_bare_files")?,
         Lane::Create => measure_create(path)?,
     };
     println!("{}", serde_json::to_string(&figures)?);
@@ -212,15 +224,42 @@ fn measure_clone(path: &Path) -> Result<Figures> {
     ]))
 }
 
+/// The same sequence of blocks for every lane.
+fn random_blocks() -> impl FnMut() -> Block {
+    let mut state = 1u64;
+    move || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        Block((state >> 33) % (SMALL / 4096))
+    }
+}
+
+/// The name of a bare file that stands for a layer.
+fn bare(layer: u64) -> String {
+    format!("bare{layer}")
+}
+
+/// The reads of [`measure_reads`]: each block from the file of the layer that has it there.
+fn measure_bare(path: &Path, count: u64, name: &str) -> Result<Figures> {
+    let storage = FileStorage::open(path)?;
+    let files = (0..count).map(|layer| storage.open(&bare(layer), Open::Direct));
+    let files = files.collect::<bedplate_engine::error::Result<Vec<_>>>()?;
+    let mut buffer = vec![0; 4096];
+    let mut random_block = random_blocks();
+    let start = Instant::now();
+    for _ in 0..LOOKUPS {
+        let block = random_block();
+        let file = files.get(bedplate_engine::units::to_usize(block.0 % count)).context("a file")?;
+        file.read_at(&mut buffer, block.offset().0)?;
+    }
+    let reads = float(LOOKUPS) / start.elapsed().as_secs_f64();
+    Ok(BTreeMap::from([(format!("{name}_reads_per_s"), reads)]))
+}
+
 fn measure_reads(path: &Path, name: &str) -> Result<Figures> {
     let disk = open(path)?;
     let volume = disk.volume("v")?;
     let mut buffer = vec![0; 4096];
-    let mut state = 1u64;
-    let mut random_block = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        Block((state >> 33) % (SMALL / 4096))
-    };
+    let mut random_block = random_blocks();
     let per_second = |start: Instant| float(LOOKUPS) / start.elapsed().as_secs_f64();
     let start = Instant::now();
     for _ in 0..LOOKUPS {
@@ -306,5 +345,19 @@ fn make_layers(path: &Path, count: u64) -> Result<()> {
         disk.create_snapshot("v", &format!("s{layer}"))?;
     }
     disk.flush()?;
+    Ok(())
+}
+
+/// Files with the blocks that [`make_layers`] puts into each layer, at the same places.
+fn make_bare(path: &Path, count: u64) -> Result<()> {
+    std::fs::create_dir(path)?;
+    let storage = FileStorage::open(path)?;
+    for layer in 0..count {
+        let file = storage.open(&bare(layer), Open::CreateDirect)?;
+        file.set_len(SMALL)?;
+        for block in (layer..SMALL / 4096).step_by(bedplate_engine::units::to_usize(count)) {
+            file.write_at(&[1; 4096], block * 4096)?;
+        }
+    }
     Ok(())
 }

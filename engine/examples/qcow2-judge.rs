@@ -5,8 +5,6 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-#[path = "../tests/qcow2_corpus/chain.rs"]
-mod chain;
 #[path = "../tests/qcow2_corpus/judge.rs"]
 mod judge;
 #[path = "../tests/qcow2_corpus/manifest.rs"]

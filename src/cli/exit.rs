@@ -48,6 +48,8 @@ pub enum Failure {
     },
     /// The command makes no sense here.
     Usage(String),
+    /// An inspection, which has its own exit codes.
+    Inspect(bedplate_inspect::Failure),
     /// A report with findings that are failures; the report itself has been printed.
     Findings {
         count: usize,
@@ -61,6 +63,7 @@ impl Failure {
             Failure::Ended { code, .. } | Failure::Serve { code, .. } => code.exit_code(),
             Failure::TimedOut { .. } => Code::TimedOut.exit_code(),
             Failure::Usage(_) => 2,
+            Failure::Inspect(failure) => failure.exit_code(),
             Failure::Config(_) | Failure::Io { .. } | Failure::Findings { .. } => 1,
         }
     }
@@ -71,6 +74,7 @@ impl Failure {
             Failure::Io { source, .. } | Failure::Client(client::Error::Output(source)) => {
                 source.kind() == io::ErrorKind::BrokenPipe
             }
+            Failure::Inspect(failure) => failure.is_broken_pipe(),
             _ => false,
         }
     }
@@ -85,6 +89,7 @@ impl Failure {
             | Failure::Config(_)
             | Failure::Io { .. }
             | Failure::Usage(_)
+            | Failure::Inspect(_)
             | Failure::Findings { .. } => None,
         }
     }
@@ -101,6 +106,7 @@ impl fmt::Display for Failure {
             Failure::Config(error) => write!(f, "{error}")?,
             Failure::Io { what, source } => write!(f, "{what}: {source}")?,
             Failure::Usage(text) => f.write_str(text)?,
+            Failure::Inspect(failure) => write!(f, "{failure}")?,
             Failure::Findings { count: 1 } => f.write_str("1 check failed")?,
             Failure::Findings { count } => write!(f, "{count} checks failed")?,
         }

@@ -1,18 +1,18 @@
 //! The command line: what the user typed, as a request to a node, and its result printed.
 //!
 //! Owns the shape of the command line and [`main`]. One file for each noun; none of them decides anything about images
-//! or volumes, that is the node's. `serve` and `doctor` need no node.
+//! or volumes, that is the node's. `serve`, `doctor` and `inspect` need no node.
 
 mod completions;
 mod doctor;
 mod exit;
 mod export;
 mod image;
+mod inspect;
 mod job;
 mod man;
 mod output;
 mod serve;
-mod size;
 mod snapshot;
 mod source;
 mod upload;
@@ -21,6 +21,7 @@ mod wait;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
+use bedplate_inspect::size;
 use clap::{Parser, Subcommand};
 
 use self::exit::{EXIT_CODES, Failure};
@@ -65,6 +66,8 @@ enum Noun {
     Snapshot(snapshot::Verb),
     #[command(subcommand)]
     Job(job::Verb),
+    #[command(subcommand)]
+    Inspect(inspect::Verb),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -83,7 +86,7 @@ pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit
     };
     let what = cli.noun.describe();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("bedplate: {what}: {failure}");
@@ -92,11 +95,12 @@ pub fn main(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit
     }
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
     match cli.noun {
-        Noun::Serve(args) => return serve::run(args, cli.socket),
-        Noun::Completions(args) => return completions::run(args),
-        Noun::Man(args) => return man::run(&args),
+        Noun::Serve(args) => return serve::run(args, cli.socket).map(|()| ExitCode::SUCCESS),
+        Noun::Completions(args) => return completions::run(args).map(|()| ExitCode::SUCCESS),
+        Noun::Man(args) => return man::run(&args).map(|()| ExitCode::SUCCESS),
+        Noun::Inspect(verb) => return inspect::run(&verb),
         Noun::Image(_) | Noun::Volume(_) | Noun::Snapshot(_) | Noun::Job(_) | Noun::Doctor(_) => {}
     }
     let client = Client::new(cli.socket.clone().unwrap_or_else(config::default_socket));
@@ -104,16 +108,18 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|source| Failure::Io { what: "start".to_owned(), source })?;
-    runtime.block_on(async {
-        match cli.noun {
-            Noun::Image(verb) => image::run(verb, &client).await,
-            Noun::Volume(verb) => volume::run(verb, &client).await,
-            Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
-            Noun::Job(verb) => job::run(verb, &client).await,
-            Noun::Doctor(args) => doctor::run(args, cli.socket).await,
-            Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) => Ok(()),
-        }
-    })
+    runtime
+        .block_on(async {
+            match cli.noun {
+                Noun::Image(verb) => image::run(verb, &client).await,
+                Noun::Volume(verb) => volume::run(verb, &client).await,
+                Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
+                Noun::Job(verb) => job::run(verb, &client).await,
+                Noun::Doctor(args) => doctor::run(args, cli.socket).await,
+                Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
+            }
+        })
+        .map(|()| ExitCode::SUCCESS)
 }
 
 impl Noun {
@@ -125,6 +131,7 @@ impl Noun {
             Noun::Volume(verb) => verb.describe(),
             Noun::Snapshot(verb) => verb.describe(),
             Noun::Job(verb) => verb.describe(),
+            Noun::Inspect(verb) => verb.describe(),
             Noun::Doctor(_) => "doctor",
             Noun::Completions(_) => "completions",
             Noun::Man(_) => "man",
@@ -195,6 +202,11 @@ mod tests {
             "bedplate job list -o json",
             "bedplate job get 7 --wait --timeout 5m",
             "bedplate job cancel 7",
+            "bedplate inspect info f --backing-chain --allow-references /d -o json",
+            "bedplate inspect map f --start-offset 1G --max-length 64k",
+            "bedplate inspect check f",
+            "bedplate inspect compare a b",
+            "bedplate inspect convert a - --snapshot s --backing b",
             "bedplate doctor -o json --socket /k",
             "bedplate completions bash",
             "bedplate man /tmp",

@@ -132,10 +132,16 @@ impl LocalNode {
         self.tell(Change::Created { kind: Kind::Volume, name: located.served.clone() });
     }
 
-    /// Refuse what nobody may do beneath a user; an attached volume is named by its device.
+    /// Refuse what nobody may do beneath a user; an attached volume is named by its device. A file of the mount that
+    /// was closed a moment ago is waited for.
     fn check_detached(&self, located: &Located) -> Result<()> {
         match self.attachments.device(located.uuid) {
-            None => Ok(()),
+            None => {
+                if let Ok(volume) = located.open() {
+                    volume.wait_released(images::RELEASE_WITHIN);
+                }
+                Ok(())
+            }
             Some(device) => {
                 let (name, device) = (&located.served, device.display());
                 let detail = format!(

@@ -54,7 +54,7 @@ pub use bedplate_engine::image::Format;
 pub use info::{CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification};
 use job::{NAMES, Work};
 use origin::From as Origin;
-pub use remove::ImageHold;
+pub use remove::{ImageHold, RELEASE_WITHIN};
 use service::{Ready, Service};
 use table::{Described, Entry, Image, JobKind};
 pub use table::{IMAGES_MAX, JOBS_MAX, UPLOADS_MAX};

@@ -18,6 +18,9 @@ use crate::catalog::record::RecordState;
 /// The longest that a deletion waits for the image's job to end.
 const JOB_END_WITHIN: Duration = Duration::from_secs(60);
 
+/// A file of the mount that a program has closed is let go of a moment later, when the kernel says so.
+pub const RELEASE_WITHIN: Duration = Duration::from_millis(500);
+
 /// Keeps an image from being deleted until it is dropped, for the time between looking at it and standing on it.
 pub struct ImageHold {
     images: Images,
@@ -29,6 +32,7 @@ impl Images {
     /// Remove an image; refused while something stands on it. A job of it is cancelled first, and waited for. Goes on to
     /// its end when the caller stops waiting.
     pub async fn delete(&self, name: &str) -> Result<()> {
+        self.wait_released(name).await?;
         let (name, uuid) = self.begin_delete(name)?;
         let images = self.clone();
         let deletion = self.0.runtime.spawn(async move {
@@ -99,6 +103,20 @@ impl Images {
         Ok(ImageHold { images: self.clone(), uuid: image.record.uuid, who })
     }
 
+    /// Wait until nobody holds it, for a moment.
+    async fn wait_released(&self, name: &str) -> Result<()> {
+        let deadline = Instant::now() + RELEASE_WITHIN;
+        let mut bell = self.0.listen();
+        loop {
+            bell.borrow_and_update();
+            if self.0.lock().image(name)?.1.holds.is_empty()
+                || !matches!(tokio::time::timeout_at(deadline, bell.changed()).await, Ok(Ok(())))
+            {
+                return Ok(());
+            }
+        }
+    }
+
     /// Mark an image as being deleted, so that nothing new begins to use it.
     fn begin_delete(&self, name: &str) -> Result<(String, Uuid)> {
         let mut table = self.0.lock();
@@ -155,6 +173,7 @@ impl Drop for ImageHold {
         {
             image.holds.swap_remove(at);
         }
+        self.images.0.notify();
     }
 }
 

@@ -20,17 +20,12 @@ NAMED = "v3_cluster_65536"
 
 def fields(**values):
     """Set header fields."""
-
-    def change(image):
-        for field, value in values.items():
-            image[field] = value
-
-    return change
+    return lambda image: image.set(**values)
 
 
 def keep(length):
     """Keep only the start of the file."""
-    return lambda image: image.data.__delitem__(slice(length, None))
+    return lambda image: image.cut(length)
 
 
 def not_the_format():
@@ -86,8 +81,11 @@ def header_length_and_extensions():
         yield Case(f"extension_length_{name}", NAMED, change, corrupt("extension"))
     change = length_of(layout.BACKING_FORMAT, 0x10000)
     yield Case("backing_format_too_long", "over_raw", change, refused("extension"))
-    change = lambda image: image.add_extension(layout.LUKS, bytes(16), 1 << 20)
-    yield Case("encryption_extension_too_long", PLAIN, change, corrupt("extension"))
+
+    def too_long(image):
+        image.add_extension(layout.LUKS, bytes(16), 1 << 20)
+
+    yield Case("encryption_extension_too_long", PLAIN, too_long, corrupt("extension"))
 
 
 def features():

@@ -18,7 +18,8 @@ MEDIUM = "v3_cluster_4096"
 EXTENDED = "extl2_65536"
 LISTED = "snapshots"
 
-C = 65536
+KIB, MIB = 1 << 10, 1 << 20
+C = 64 * KIB
 SUB_ALLOC, SUB_ZERO = 1, 1 << 32
 
 
@@ -31,6 +32,20 @@ def l1_entry(index, change):
     return lambda image: image.put(image.l1_at(index), change(image, image.get(image.l1_at(index))))
 
 
+def cut(where):
+    """End the file at a place of the image."""
+    return lambda image: image.cut(where(image))
+
+
+def put(where, value, width=8):
+    """Write a number at a place of the image; the number may depend on the image too."""
+    return lambda image: image.put(where(image), value(image) if callable(value) else value, width)
+
+
+def ones(width):
+    return (1 << 8 * width) - 1
+
+
 def at_l1(index=0):
     return lambda image: image.l1_at(index)
 
@@ -38,14 +53,14 @@ def at_l1(index=0):
 def past_the_end():
     yield Case("l1_entry_past_end", SMALL, l1_entry(16, lambda *_: layout.COPIED | 1 << 40), corrupt("L1", at_l1(16)))
     yield Case("l1_entry_2_55", SMALL, l1_entry(16, lambda *_: layout.COPIED | 1 << 55), corrupt("L1", at_l1(16)))
-    cut = lambda image: image.data.__delitem__(slice(image["l1_table_offset"] + 128, None))
-    yield Case("file_ends_in_l1_table", SMALL, cut, corrupt("L1"))
-    cut = lambda image: image.data.__delitem__(slice(image["l1_table_offset"], None))
-    yield Case("file_ends_before_l1_table", PLAIN, cut, corrupt("L1"))
-    cut = lambda image: image.data.__delitem__(slice(image.l2_table() + 1024, None))
-    yield Case("file_ends_in_l2_table", MEDIUM, cut, corrupt("L1", at_l1()))
-    cut = lambda image: image.data.__delitem__(slice(image.l2_table(), None))
-    yield Case("file_ends_before_l2_table", PLAIN, cut, corrupt("L1"))
+    end = cut(lambda image: image["l1_table_offset"] + 128)
+    yield Case("file_ends_in_l1_table", SMALL, end, corrupt("L1"))
+    end = cut(lambda image: image["l1_table_offset"])
+    yield Case("file_ends_before_l1_table", PLAIN, end, corrupt("L1"))
+    end = cut(lambda image: image.l2_table() + 1024)
+    yield Case("file_ends_in_l2_table", MEDIUM, end, corrupt("L1", at_l1()))
+    end = cut(lambda image: image.l2_table())
+    yield Case("file_ends_before_l2_table", PLAIN, end, corrupt("L1"))
 
     yield Case("data_past_end", PLAIN, entry(3, lambda *_: layout.COPIED | 1 << 40), lost("L2", [3]))
     yield Case("data_at_2_55", PLAIN, entry(3, lambda *_: layout.COPIED | 1 << 55), lost("L2", [3]))
@@ -54,17 +69,17 @@ def past_the_end():
     v2 = entry(3, lambda *_: layout.COPIED | 1 << 40)
     yield Case("v2_data_past_end", "v2_cluster_65536", v2, lost("L2", [3]))
     # The file ends in the last cluster, all of which the image needs.
-    cut = lambda image: image.data.__delitem__(slice(image.host(7) + 512, None))
-    rest = lambda image: [(7 * C + 512, C - 512)]
-    yield Case("file_ends_in_data", "zero_allocated", cut, lost_ranges("L2", rest))
-    cut = lambda image: image.data.__delitem__(slice(image.host(7), None))
-    yield Case("file_ends_before_data", "zero_allocated", cut, lost("L2", [7]))
-    cut = lambda image: image.data.__delitem__(slice(image.host(5), None))
-    yield Case("file_ends_three_clusters_early", "zero_allocated", cut, lost("L2", [5, 6, 7]))
+    end = cut(lambda image: image.host(7) + 512)
+    missing = [(7 * C + 512, C - 512)]
+    yield Case("file_ends_in_data", "zero_allocated", end, lost_ranges("L2", missing))
+    end = cut(lambda image: image.host(7))
+    yield Case("file_ends_before_data", "zero_allocated", end, lost("L2", [7]))
+    end = cut(lambda image: image.host(5))
+    yield Case("file_ends_three_clusters_early", "zero_allocated", end, lost("L2", [5, 6, 7]))
     # Allocated subclusters lie behind the end, not only unallocated ones.
-    cut = lambda image: image.data.__delitem__(slice(image.host(1) + 70 * 1024, None))
-    rest = lambda image: [(image.cluster + 70 * 1024, 58 * 1024)]
-    yield Case("extl2_file_ends_in_subcluster", "extl2_last_cluster_cut", cut, lost_ranges("L2", rest))
+    end = cut(lambda image: image.host(1) + 70 * KIB)
+    missing = [(2 * MIB + 70 * KIB, 58 * KIB)]
+    yield Case("extl2_file_ends_in_subcluster", "extl2_last_cluster_cut", end, lost_ranges("L2", missing))
 
 
 def table_entries():
@@ -76,6 +91,7 @@ def table_entries():
     }.items():
         yield Case(f"l1_entry_{name}", PLAIN, l1_entry(0, change), corrupt("L1", at_l1()))
     targets = {
+        "header": lambda image: 0,
         "l1_table": lambda image: image["l1_table_offset"],
         "refcount_table": lambda image: image["refcount_table_offset"],
         "refcount_block": lambda image: image.refcount_block_at(),
@@ -87,11 +103,8 @@ def table_entries():
         yield Case(f"l2_entry_at_{name}", PLAIN, change, lost("L2", [3]))
     change = entry(3, lambda image, _: layout.COPIED | image.l2_table())
     yield Case("l2_entry_at_l2_table", PLAIN, change, lost("L2", [3]))
-    shared = lambda image: image.put(image.l1_at(16), image.get(image.l1_at(0)))
+    shared = put(at_l1(16), lambda image: image.get(image.l1_at()))
     yield Case("l1_entries_share_a_table", SMALL, shared, corrupt("L1", at_l1(16)))
-    shared = lambda image: [image.put(image.l1_at(i), image.get(image.l1_at(0))) for i in range(1, 32)]
-    yield Case("l1_entries_all_share_a_table", SMALL, shared, corrupt("L1", at_l1(1)))
-
     yield Case("l1_of_2_mib_shares_one_table", SMALL, share_one_table, corrupt("L1"))
 
     for name, change in {
@@ -105,7 +118,7 @@ def table_entries():
     yield Case("v2_zero_flag", "v2_cluster_65536", entry(3, lambda _, old: old | 1), lost("L2", [3]))
     flag = entry(2, lambda _, old: old | layout.COPIED)
     yield Case("copied_flag_on_compressed", "zlib_65536", flag, lost("L2", [2]))
-    table = lambda image: image.put(image.l2_table(), (1 << 8 * 4096) - 1, 4096)
+    table = put(lambda image: image.l2_table(), ones(4096), 4096)
     yield Case("l2_table_all_ones", MEDIUM, table, lost_somehow("", *range(256)))
     yield Case("l2_table_of_garbage", SMALL, garbage_table, lost_table("L2", 16))
 
@@ -218,15 +231,17 @@ def refcounts():
         image.data.extend(bytes(C))
 
     yield Case("refcount_of_nothing", "zero_allocated", leak, readable(3))
-    none = lambda image: image.put(image["refcount_table_offset"], 0)
-    yield Case("refcount_block_missing", PLAIN, none, readable(2))
-    far = lambda image: image.put(image["refcount_table_offset"], 1 << 40)
-    yield Case("refcount_block_past_end", PLAIN, far, readable(2))
-    crooked = lambda image: image.put(image["refcount_table_offset"], image.refcount_block_at() + 512)
-    yield Case("refcount_block_unaligned", PLAIN, crooked, readable(1))
-    reserved = lambda image: image.put(image["refcount_table_offset"], image.refcount_block_at() | 1)
+
+    def table_entry(value):
+        return put(lambda image: image["refcount_table_offset"], value)
+
+    yield Case("refcount_block_missing", PLAIN, table_entry(0), readable(2))
+    yield Case("refcount_block_past_end", PLAIN, table_entry(1 << 40), readable(2))
+    unaligned = table_entry(lambda image: image.refcount_block_at() + 512)
+    yield Case("refcount_block_unaligned", PLAIN, unaligned, readable(1))
+    reserved = table_entry(lambda image: image.refcount_block_at() | 1)
     yield Case("refcount_table_reserved_bits", PLAIN, reserved, readable(2))
-    zeros = lambda image: image.put(image.refcount_block_at(), 0, 64)
+    zeros = put(lambda image: image.refcount_block_at(), 0, 64)
     yield Case("refcounts_all_zero", PLAIN, zeros, readable(2))
 
 
@@ -235,14 +250,14 @@ def snapshots():
         return lambda image: image.put(image.snapshot_at(name)[0], value, image.snapshot_at(name)[1])
 
     def header(**values):
-        return lambda image: [image.__setitem__(k, v) for k, v in values.items()]
+        return lambda image: image.set(**values)
 
     yield Case("snapshots_65537", LISTED, header(nb_snapshots=65537), unlisted("snapshots"))
     yield Case("snapshots_2_32_less_1", LISTED, header(nb_snapshots=0xFFFF_FFFF), unlisted("snapshots"))
     yield Case("snapshots_one_too_many", LISTED, header(nb_snapshots=3), unlisted("snapshots"))
     yield Case("snapshot_table_past_end", LISTED, header(snapshots_offset=1 << 40), unlisted("snapshots"))
     yield Case("snapshot_table_at_2_63", LISTED, header(snapshots_offset=1 << 63), unlisted("snapshots"))
-    unaligned = lambda image: image.__setitem__("snapshots_offset", image["snapshots_offset"] + 8)
+    unaligned = put(lambda _: layout.HEADER["snapshots_offset"][0], lambda image: image["snapshots_offset"] + 8)
     yield Case("snapshot_table_unaligned", LISTED, unaligned, unlisted("snapshots"))
     yield Case("snapshot_table_at_0", LISTED, header(snapshots_offset=0), unlisted("snapshots"))
     yield Case("snapshot_extra_2_32", LISTED, field("extra_size", 0xFFFF_FFFF), unlisted("snapshots"))
@@ -251,7 +266,7 @@ def snapshots():
     yield Case("snapshot_l1_unaligned", LISTED, field("l1_table_offset", 0x50008), unlisted("snapshots"))
     yield Case("snapshot_l1_size_2_32", LISTED, field("l1_size", 0xFFFF_FFFF), unlisted("snapshots"))
     yield Case("snapshot_disk_size_2_63", LISTED, field("disk_size", 1 << 63), unlisted("snapshots"))
-    garbage = lambda image: image.put(image["snapshots_offset"], (1 << 1024) - 1, 128)
+    garbage = put(lambda image: image["snapshots_offset"], ones(128), 128)
     yield Case("snapshot_table_of_ones", LISTED, garbage, unlisted("snapshots"))
 
 
@@ -264,7 +279,7 @@ def bitmaps():
     yield Case("bitmap_directory_past_end", "bitmap", extension(16, 1 << 40), unlisted("bitmaps"))
     yield Case("bitmap_directory_unaligned", "bitmap", extension(16, 0x10008), unlisted("bitmaps"))
     yield Case("bitmap_directory_2_63_bytes", "bitmap", extension(8, 1 << 63), unlisted("bitmaps"))
-    directory = lambda image: image.put(image.get(image.extension(layout.BITMAPS) + 16), (1 << 512) - 1, 64)
+    directory = put(lambda image: image.get(image.extension(layout.BITMAPS) + 16), ones(64), 64)
     yield Case("bitmap_directory_of_ones", "bitmap", directory, unlisted("bitmaps"))
 
 

@@ -52,12 +52,20 @@ class Qcow2:
             self.data.extend(bytes(at + width - len(self.data)))
         self.data[at : at + width] = value.to_bytes(width, "big")
 
+    def cut(self, length):
+        """Keep only the start of the file."""
+        del self.data[length:]
+
     def __getitem__(self, field):
         return self.get(*HEADER[field])
 
     def __setitem__(self, field, value):
         at, width = HEADER[field]
         self.put(at, value, width)
+
+    def set(self, **fields):
+        for field, value in fields.items():
+            self[field] = value
 
     @property
     def cluster(self):
@@ -106,6 +114,9 @@ class Qcow2:
         """Host offset and bytes that the entry of a compressed cluster reserves, up to the end of its last sector."""
         entry = self.entry(guest_cluster)
         assert entry & COMPRESSED, f"{self.path}: cluster {guest_cluster} is not compressed"
+        return self._descriptor(entry)
+
+    def _descriptor(self, entry):
         split = 62 - (self["cluster_bits"] - 8)
         offset = entry & ((1 << split) - 1)
         sectors = (entry & (COMPRESSED - 1)) >> split
@@ -169,13 +180,37 @@ class Qcow2:
         self["backing_file_offset"] = at
         self["backing_file_size"] = len(name)
 
-    def snapshot_sizes(self):
-        """Virtual size of the disk at each internal snapshot, in order."""
+    def mapped(self):
+        """Every L2 entry that is not 0, of the active image and of the snapshots."""
+        tables = [(self["l1_table_offset"], self["l1_size"])]
+        tables += [(self.get(at), self.get(at + 8, 4)) for at in self._snapshot_entries()]
+        for l1, size in tables:
+            for index in range(size):
+                table = self.get(l1 + 8 * index) & OFFSET_MASK
+                slots = range(table, table + self.cluster, self.entry_len) if table else ()
+                yield from filter(None, (self.get(at) for at in slots))
+
+    def is_shared_by_streams_and_data(self):
+        """Whether a host cluster holds compressed streams and is data as well."""
+        data, streams = set(), set()
+        for entry in self.mapped():
+            if entry & COMPRESSED:
+                offset, length = self._descriptor(entry)
+                streams |= {offset // self.cluster, (min(offset + length, len(self.data)) - 1) // self.cluster}
+            else:
+                data.add((entry & OFFSET_MASK) // self.cluster)
+        return bool(data & streams)
+
+    def _snapshot_entries(self):
         at = self["snapshots_offset"]
         for _ in range(self["nb_snapshots"]):
+            yield at
             id_size, name_size = struct.unpack_from(">HH", self.data, at + 12)
-            yield self.get(at + 48)
             at += -(-(40 + self.get(at + 36, 4) + id_size + name_size) // 8) * 8
+
+    def snapshot_sizes(self):
+        """Virtual size of the disk at each internal snapshot, in order."""
+        return [self.get(at + 48) for at in self._snapshot_entries()]
 
     def snapshot_at(self, field):
         """Offset and width of a field of the first snapshot table entry."""

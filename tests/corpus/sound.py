@@ -101,6 +101,10 @@ def snap(name):
     return lambda path, _shop: snapshot(path, name)
 
 
+def snapshot_command(*options):
+    return lambda path, _shop: run("qemu-img", "snapshot", "-q", *options, path)
+
+
 def marked(name, *options):
     return lambda path, _shop: bitmap(path, name, *options)
 
@@ -203,11 +207,10 @@ def snapshots():
     then = [snap("packed"), commands(w(1, c, c), wc(2, 5 * c, c)), snap("mixed"), commands(wc(3, 7 * c, c))]
     yield Recipe("snapshots_zlib", MIB, {}, compressed(MIB, c), then)
     yield Recipe("snapshots_zstd", MIB, {"compression_type": "zstd"}, compressed(MIB, c), then)
-    forget = lambda path, _shop: run("qemu-img", "snapshot", "-q", "-d", "first", path)
-    then = [snap("first"), commands(w(1, 0, 2 * c)), snap("second"), forget, commands(w(2, c, c))]
+    delete = snapshot_command("-d", "first")
+    then = [snap("first"), commands(w(1, 0, 2 * c)), snap("second"), delete, commands(w(2, c, c))]
     yield Recipe("snapshot_deleted", MIB, {}, [w(0, 0, 8 * c)], then)
-    back = lambda path, _shop: run("qemu-img", "snapshot", "-q", "-a", "first", path)
-    then = [snap("first"), commands(w(1, 0, 2 * c)), snap("second"), back]
+    then = [snap("first"), commands(w(1, 0, 2 * c)), snap("second"), snapshot_command("-a", "first")]
     yield Recipe("snapshot_applied", MIB, {}, [w(0, 0, 8 * c)], then)
     state = commands("write -q -b -P 7 0 128k")
     yield Recipe("snapshot_with_vm_state", MIB, {}, [w(0, 0, 8 * c)], [state, snap("vm"), commands(w(1, 0, c))])
@@ -228,7 +231,7 @@ def sizes():
         yield Recipe(f"size_{size}", size, {}, [w(0, 0, size)])
     # qemu-img rounds such sizes up when it makes an image, and when it reads one.
     for size in (1, 511, c + 1, 3 * c - 1):
-        exact = patched(lambda image, size=size: image.__setitem__("size", size))
+        exact = patched(lambda image, size=size: image.set(size=size))
         made = -(-size // 512) * 512
         yield Recipe(f"exact_{size}", made, {}, [w(1, 0, made)], [exact], exact_size=size)
     # Shrinking keeps the L1 table as it is: more entries than the size needs.
@@ -238,7 +241,7 @@ def sizes():
     options = {"cluster_size": 2 * MIB, "extended_l2": "on"}
     yield Recipe("sparse_64t_extl2", 64 * TIB, options, [*far, z(3 * TIB, 4 * MIB)], features=frozenset({"huge"}))
     # The end of the file cuts a last cluster that lies past the virtual size.
-    cut = patched(lambda image: image.data.__delitem__(slice(image.host(1) + 4096, None)))
+    cut = patched(lambda image: image.cut(image.host(1) + 4096))
     yield Recipe("last_cluster_cut_past_size", c + 4096, {}, [w(0, 0, c + 4096)], [cut])
 
 
@@ -284,7 +287,8 @@ def chains():
     yield on("over_zlib", "zlib_packed.qcow2")
     yield on("over_zstd", "zstd_packed.qcow2", options={"compression_type": "zstd"}, extra=[wc(3, 0, c)])
     yield on("over_extl2", "extl2_65536.qcow2", 640 * KIB)
-    yield on("extl2_over_raw", "base.raw", options={"cluster_size": c, "extended_l2": "on"}, form="raw")
+    extended = {"cluster_size": c, "extended_l2": "on"}
+    yield on("extl2_over_raw", "base.raw", options=extended, extra=subclusters(c), form="raw")
     yield on("extl2_over_qcow2", "v3_cluster_4096.qcow2", options={"extended_l2": "on"}, extra=subclusters(c))
     yield on("over_two", "over_raw.qcow2", extra=[w(1, 0, 512)])
     yield on("over_three", "over_two.qcow2", extra=[w(2, 13 * c, 3 * c)])

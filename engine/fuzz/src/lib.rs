@@ -1,4 +1,8 @@
 //! What every target does first: the input becomes a file.
+//!
+//! To run one, from this directory: `cargo +nightly fuzz run qcow2_read SEEDS -- -max_len=140000 -timeout=15`, where
+//! SEEDS is a directory of small images (those of `tests/corpus/qcow2` do). What it finds is frozen as a test of the
+//! engine.
 
 use std::{cell::RefCell, fs::File, os::unix::fs::FileExt};
 

@@ -50,15 +50,17 @@ pub enum Bitmap<'a> {
 }
 
 impl Bitmap<'_> {
-    fn words(&self) -> [u64; LEAF_WORDS] {
+    fn word(&self, word: usize) -> u64 {
         match self {
-            Bitmap::None => [0; LEAF_WORDS],
-            Bitmap::All => [u64::MAX; LEAF_WORDS],
-            Bitmap::Bits(bytes) => {
-                let (chunks, _) = bytes.as_chunks::<8>();
-                std::array::from_fn(|word| u64::from_le_bytes(chunks[word]))
-            }
+            Bitmap::None => 0,
+            Bitmap::All => u64::MAX,
+            Bitmap::Bits(bytes) => u64::from_le_bytes(bytes.as_chunks::<8>().0[word]),
         }
+    }
+
+    fn to_bits(self) -> Bits {
+        let words: Box<[AtomicU64]> = (0..LEAF_WORDS).map(|word| AtomicU64::new(self.word(word))).collect();
+        words.try_into().expect("as many words as a leaf has")
     }
 }
 
@@ -182,22 +184,22 @@ impl HeadIndex {
         let Some(blocks) = self.block_count.0.checked_sub(start).map(|left| left.min(LEAF_BLOCKS)) else {
             return false;
         };
-        let (data_words, zero_words) = (data.words(), zero.words());
-        let both = data_words.iter().zip(&zero_words).fold(0, |both, (data, zero)| both | (data & zero));
-        let past = (0..LEAF_WORDS).skip(to_usize(blocks / 64)).fold(0, |past, word| {
-            let inside = blocks.saturating_sub(word as u64 * 64).min(64);
-            let outside = if inside == 64 { 0 } else { u64::MAX << inside };
-            past | ((data_words[word] | zero_words[word]) & outside)
+        let one_only = matches!(data, Bitmap::None) || matches!(zero, Bitmap::None);
+        let apart = one_only || (0..LEAF_WORDS).all(|word| data.word(word) & zero.word(word) == 0);
+        let inside = (to_usize(blocks / 64)..LEAF_WORDS).all(|word| {
+            let blocks_here = blocks.saturating_sub(word as u64 * 64).min(64);
+            let outside = if blocks_here == 64 { 0 } else { u64::MAX << blocks_here };
+            (data.word(word) | zero.word(word)) & outside == 0
         });
-        if both | past != 0 {
+        if !apart || !inside {
             return false;
         }
         let leaf = Leaf { all_hidden: AtomicBool::new(matches!(zero, Bitmap::All)), ..Leaf::default() };
         if !matches!(data, Bitmap::None) {
-            let _ = leaf.data.set(Box::new(data_words.map(AtomicU64::new)));
+            let _ = leaf.data.set(data.to_bits());
         }
         if matches!(zero, Bitmap::Bits(_)) {
-            let _ = leaf.hidden.set(Box::new(zero_words.map(AtomicU64::new)));
+            let _ = leaf.hidden.set(zero.to_bits());
         }
         self.leaves.get(number).is_some_and(|slot| slot.set(Arc::new(leaf)).is_ok())
     }
@@ -254,7 +256,7 @@ impl HeadIndex {
         })
     }
 
-    /// At least every block that is not absent, in few runs: a leaf of more than `WRITTEN_RUNS_MAX` counts whole.
+    /// At least every block that is not absent; a leaf of more than `WRITTEN_RUNS_MAX` runs counts whole.
     pub fn written(&self) -> Touched {
         let mut written = Touched::default();
         for number in (0..self.leaves.len()).filter(|number| self.leaf(*number).is_some()) {

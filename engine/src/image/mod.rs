@@ -3,6 +3,7 @@
 //! Owns [`BaseImage`], the boundary between image formats and copy-on-write: immutable bytes of a known length, read
 //! from any thread without a lock. The formats are [`raw`] and [`qcow2`]; [`Format::of`] tells them by their magic.
 
+pub mod chain;
 pub mod device;
 pub mod qcow2;
 pub mod raw;

@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -27,6 +28,8 @@ pub struct Volume {
     record: Mutex<VolumeRecord>,
     pub(super) backend: Backend,
     usage: Mutex<Use>,
+    /// A holder has let go.
+    released: Condvar,
 }
 
 /// Who uses a volume.
@@ -93,6 +96,7 @@ pub struct Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         self.volume.in_use().holders.remove(&self.id);
+        self.volume.released.notify_all();
     }
 }
 
@@ -110,7 +114,13 @@ impl Drop for Claim<'_> {
 
 impl Volume {
     pub(super) fn new(storage: Arc<dyn Storage>, record: VolumeRecord, backend: Backend) -> Volume {
-        Volume { storage, record: Mutex::new(record), backend, usage: Mutex::default() }
+        Volume {
+            storage,
+            record: Mutex::new(record),
+            backend,
+            usage: Mutex::default(),
+            released: Condvar::new(),
+        }
     }
 
     fn in_use(&self) -> MutexGuard<'_, Use> {
@@ -127,6 +137,13 @@ impl Volume {
         in_use.next += 1;
         in_use.holders.insert(id, who.into());
         Ok(Hold { volume: self.clone(), id })
+    }
+
+    /// Wait until nobody holds it, but no longer than `patience`.
+    pub fn wait_released(&self, patience: Duration) {
+        let wait =
+            self.released.wait_timeout_while(self.in_use(), patience, |usage| !usage.holders.is_empty());
+        drop(wait);
     }
 
     /// Have the volume alone for `what`; an error names the holders, if there are any.

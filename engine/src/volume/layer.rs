@@ -71,6 +71,8 @@ pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
     }
     let map = storage.open(&map_path(&dir), Open::ReadWrite)?;
     map.drop_cache()?;
+    // The medium works while what has come is decoded.
+    map.read_ahead();
     let corrupt = |what, at: u64| Error::Corrupt { path: map.path().to_owned(), what, at: ByteOffset(at) };
     let len = map.len()?;
     let mut first = [0; HEADER_LEN];
@@ -85,8 +87,7 @@ pub fn open(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
     let mut directory = vec![0; header.directory_len()];
     map.read_at(&mut directory, HEADER_LEN as u64)?;
     let bitmaps_at = HEADER_LEN as u64 + directory.len() as u64;
-    let mut ahead =
-        ReadAhead { file: &*map, at: bitmaps_at, end: header.log_offset, buffer: Vec::new(), used: 0 };
+    let mut ahead = ReadAhead::new(&*map, bitmaps_at, header.log_offset);
     let (index, lost) = checkpoint::decode(&header, &directory, &mut ahead).map_err(|fault| match fault {
         DecodeFault::Corrupt(what) => corrupt(what, HEADER_LEN as u64),
         DecodeFault::Storage(error) => error,
@@ -167,13 +168,21 @@ pub fn remove(storage: &dyn Storage, layer_dir: &str) -> Result<()> {
     storage.remove_dir(layer_dir)
 }
 
-/// Gives a file's bytes in order, read in large pieces.
+/// Gives a file's bytes in order, read in large pieces into one buffer: fresh memory for each costs as much as reading.
 struct ReadAhead<'a> {
     file: &'a dyn StorageFile,
     at: u64,
     end: u64,
     buffer: Vec<u8>,
-    used: usize,
+    /// What of the buffer was read and not taken.
+    ready: std::ops::Range<usize>,
+}
+
+impl<'a> ReadAhead<'a> {
+    fn new(file: &'a dyn StorageFile, at: u64, end: u64) -> ReadAhead<'a> {
+        let len = to_usize((end - at).min(READ_AHEAD as u64));
+        ReadAhead { file, at, end, buffer: vec![0; len], ready: 0..0 }
+    }
 }
 
 enum DecodeFault {
@@ -191,17 +200,19 @@ impl Bitmaps for ReadAhead<'_> {
     type Error = DecodeFault;
 
     fn take(&mut self, count: usize) -> Result<&[u8], DecodeFault> {
-        if self.buffer.len() - self.used < count {
-            let mut rest = self.buffer.split_off(self.used);
-            let kept = rest.len();
-            let more = to_usize((self.end - self.at).min(READ_AHEAD as u64));
-            rest.resize(kept + more, 0);
-            self.file.read_at(&mut rest[kept..], self.at).map_err(DecodeFault::Storage)?;
+        if self.ready.len() < count {
+            let kept = self.ready.len();
+            self.buffer.copy_within(self.ready.clone(), 0);
+            let more = to_usize((self.end - self.at).min((self.buffer.len() - kept) as u64));
+            self.file.read_at(&mut self.buffer[kept..kept + more], self.at).map_err(DecodeFault::Storage)?;
             self.at += more as u64;
-            (self.buffer, self.used) = (rest, 0);
+            self.ready = 0..kept + more;
         }
-        let bytes = self.buffer.get(self.used..self.used + count);
-        self.used += count;
-        bytes.ok_or(DecodeFault::Corrupt(Corruption::Truncated("map bitmaps")))
+        if self.ready.len() < count {
+            return Err(DecodeFault::Corrupt(Corruption::Truncated("map bitmaps")));
+        }
+        let start = self.ready.start;
+        self.ready.start += count;
+        Ok(&self.buffer[start..start + count])
     }
 }

@@ -165,6 +165,15 @@ fn an_l1_table_whose_entries_all_name_one_table_is_refused_and_cheap() {
 }
 
 #[test]
+fn an_image_without_bytes_needs_no_table() {
+    let bytes = crafted(0, 0, u64::MAX, 9);
+    let image = images::open(&bytes, &View::Active).unwrap();
+    image.verify_tables().unwrap();
+    image.read_at(&mut [], 0).unwrap();
+    assert!(image.extents(ByteRange::new(0, 0)).unwrap().is_empty());
+}
+
+#[test]
 fn a_huge_size_is_refused_and_a_large_sparse_one_is_answered_at_once() {
     for size in [u64::MAX, 1 << 63, (64 << 40) + 1] {
         let bytes = crafted(size, 1 << 18, 4096, 21);

@@ -6,8 +6,11 @@ use std::{
 };
 
 use bedplate_engine::{
-    image::{BaseImage, qcow2::View},
-    units::to_usize,
+    image::{
+        BaseImage,
+        qcow2::{Place, View},
+    },
+    units::{ByteRange, to_usize},
 };
 
 use super::images;
@@ -38,4 +41,19 @@ fn readers_beside_one_another_read_what_one_alone_reads() {
             }
         });
     }
+}
+
+#[test]
+fn clusters_that_lie_next_to_one_another_are_one_segment() {
+    let image = images::all().into_iter().find(|image| image.name == "v2").unwrap();
+    let layer = images::open_layer(&image.bytes, &View::Active).unwrap();
+    let segments = layer.map(ByteRange::new(100, (3 << 20) - 200), 10).unwrap();
+    let found: Vec<_> =
+        segments.iter().map(|segment| (segment.range.start.0, segment.range.end().0)).collect();
+    let written =
+        [(100, 64 << 10), (64 << 10, 2 << 20), (2 << 20, 2060 << 10), (2060 << 10, (3 << 20) - 100)];
+    assert_eq!(found, written);
+    let kinds = [0, 1, 2, 3].map(|n: usize| matches!(segments[n].place, Place::Data { .. }));
+    assert_eq!(kinds, [true, false, true, false]);
+    assert_eq!(layer.map(ByteRange::new(0, 3 << 20), 2).unwrap().len(), 2);
 }

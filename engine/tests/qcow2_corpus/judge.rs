@@ -20,14 +20,14 @@ use bedplate_engine::{
     error::Error,
     image::{
         BaseImage,
-        qcow2::{Qcow2Image, View},
+        chain::Chain,
+        qcow2::{Qcow2Image, Qcow2Layer, View},
     },
     units::ByteRange,
 };
 use sha2::{Digest, Sha512};
 
 use super::{
-    chain::Chain,
     manifest::{
         Class, Content, DataExtent, Entry, Expectation, FoundBy, List, Loss, Manifest, Refusal, Same,
     },
@@ -83,43 +83,54 @@ pub fn corpus(directory: &Path) -> Result<(usize, Vec<String>), String> {
 }
 
 fn judge(corpus: &Path, entry: &Entry) -> Verdict {
-    let path = corpus.join(&entry.file);
+    let file = &entry.file;
     match &entry.expect {
         Expectation::Same(same) if same.references => {
-            refuses_references(&path)?;
-            is_same::<Chain>(&path, same)
+            refuses_references(corpus, file)?;
+            is_same::<Chain>(corpus, file, same)
         }
-        Expectation::Same(same) => is_same::<Qcow2Image>(&path, same),
-        Expectation::Refused(refusal) => is_refused(&path, refusal),
-        Expectation::Lost(loss) => loses(corpus, &path, loss),
-        Expectation::Reference { naming } => {
-            refuses_references(&path)?;
-            let error = must_fail(Qcow2Image::open_at(&path, &View::Active))?;
-            says(&error, naming)
+        Expectation::Same(same) => {
+            is_same::<Qcow2Image>(corpus, file, same)?;
+            is_same::<Chain>(corpus, file, same)
         }
+        Expectation::Refused(refusal) => is_refused(corpus, file, refusal),
+        Expectation::Lost(loss) => loses(corpus, file, loss),
+        Expectation::Reference { naming } => is_reference(corpus, file, naming),
         Expectation::Unlisted { what, otherwise } => {
-            let image = reads_as(corpus, &path, otherwise)?;
-            is_unlisted(&path, &image, *what)
+            let image = reads_as(corpus, file, otherwise)?;
+            is_unlisted(corpus, file, &image, *what)
         }
-        Expectation::Readable { otherwise, .. } => reads_as(corpus, &path, otherwise).map(drop),
+        Expectation::Readable { otherwise, .. } => reads_as(corpus, file, otherwise).map(drop),
     }
 }
 
 /// An image that names another file is no base, whatever that file is.
-fn refuses_references(path: &Path) -> Verdict {
-    match must_fail(Qcow2Image::open_at(path, &View::Active))? {
-        Error::Unsupported { .. } => Ok(()),
+fn refuses_references(corpus: &Path, file: &Path) -> Result<Error, String> {
+    match must_fail(Qcow2Image::open_in(corpus, file, &View::Active))? {
+        error @ Error::Unsupported { .. } => Ok(error),
         other => Err(format!("it should not be supported as a base, but: {other}")),
     }
 }
 
-fn is_same<I: Subject>(path: &Path, same: &Same) -> Verdict {
-    let image = I::open_at(path, &View::Active).map_err(|e| e.to_string())?;
-    image.layer().verify_tables().map_err(|e| format!("verifying: {e}"))?;
+/// Names a file that is not opened, as a base or in a chain.
+fn is_reference(corpus: &Path, file: &Path, naming: &str) -> Verdict {
+    says(&refuses_references(corpus, file)?, naming)?;
+    match Chain::open_in(corpus, file, &View::Active) {
+        Ok(_) => Err("the file that it names is opened".into()),
+        Err(Error::Unsupported { .. }) => Ok(()),
+        Err(error) if error.is_not_found() => Ok(()),
+        Err(other) => Err(format!("the file that it names should be refused, but: {other}")),
+    }
+}
+
+fn is_same<I: Subject>(corpus: &Path, file: &Path, same: &Same) -> Verdict {
+    let image = I::open_in(corpus, file, &View::Active).map_err(|e| e.to_string())?;
+    let layer = layer(&image)?;
+    layer.verify_tables().map_err(|e| format!("verifying: {e}"))?;
     equal("size", image.len().0, same.size)?;
-    equal("dirty", image.layer().header().is_dirty(), same.dirty)?;
-    equal("marked corrupt", image.layer().header().is_marked_corrupt(), same.corrupt)?;
-    if let Some(expected) = same.data_bytes.filter(|_| !same.references) {
+    equal("dirty", layer.header().is_dirty(), same.dirty)?;
+    equal("marked corrupt", layer.header().is_marked_corrupt(), same.corrupt)?;
+    if let Some(expected) = same.data_bytes {
         let extents = subject::extents(&image)?;
         let data = extents.iter().filter(|(_, kind)| *kind == ExtentKind::Data);
         equal("bytes of data extents", data.map(|(range, _)| range.len.0).sum(), expected)?;
@@ -129,7 +140,7 @@ fn is_same<I: Subject>(path: &Path, same: &Same) -> Verdict {
             let content = subject::content(&image)?;
             equal("content", &sha512(&content), expected)?;
             for peer in &same.peers {
-                let theirs = peers::read(*peer, path).map_err(|e| format!("{peer:?}: {e}"))?;
+                let theirs = peers::read(*peer, &corpus.join(file)).map_err(|e| format!("{peer:?}: {e}"))?;
                 if let Some(at) = subject::first_difference(&content, &theirs) {
                     return Err(format!("{peer:?} reads otherwise at {at}"));
                 }
@@ -137,8 +148,12 @@ fn is_same<I: Subject>(path: &Path, same: &Same) -> Verdict {
         }
         Content::Extents(expected) => holds_extents(&image, expected)?,
     }
-    holds_snapshots(path, &image, same)?;
-    equal("bitmaps", subject::bitmaps(image.layer()).map_err(|e| e.to_string())?, same.bitmaps.clone())
+    holds_snapshots::<I>(corpus, file, layer, same)?;
+    equal("bitmaps", subject::bitmaps(layer).map_err(|e| e.to_string())?, same.bitmaps.clone())
+}
+
+fn layer(image: &impl Subject) -> Result<&Qcow2Layer, String> {
+    image.layer().ok_or_else(|| "it is not qcow2".into())
 }
 
 /// A disk too large to read as a whole: zeros but for what is expected.
@@ -162,15 +177,15 @@ fn holds_extents(image: &dyn BaseImage, expected: &[DataExtent]) -> Verdict {
     Ok(())
 }
 
-fn holds_snapshots<I: Subject>(path: &Path, image: &I, same: &Same) -> Verdict {
-    let listed = subject::snapshots(image.layer()).map_err(|e| format!("listing snapshots: {e}"))?;
+fn holds_snapshots<I: Subject>(corpus: &Path, file: &Path, active: &Qcow2Layer, same: &Same) -> Verdict {
+    let listed = subject::snapshots(active).map_err(|e| format!("listing snapshots: {e}"))?;
     let expected: Vec<_> = same.snapshots.iter().map(|s| (s.id.clone(), s.name.clone())).collect();
     equal("snapshots", listed, expected)?;
     for snapshot in &same.snapshots {
         for wanted in [&snapshot.id, &snapshot.name] {
             let said = |e: &dyn std::fmt::Display| format!("snapshot {wanted:?}: {e}");
-            let image = I::open_at(path, &View::Snapshot(wanted.clone())).map_err(|e| said(&e))?;
-            image.layer().verify_tables().map_err(|e| said(&e))?;
+            let image = I::open_in(corpus, file, &View::Snapshot(wanted.clone())).map_err(|e| said(&e))?;
+            layer(&image)?.verify_tables().map_err(|e| said(&e))?;
             equal(&format!("size of snapshot {wanted:?}"), image.len().0, snapshot.size)?;
             let content = subject::content(&image).map_err(|e| said(&e))?;
             equal(&format!("content of snapshot {wanted:?}"), &sha512(&content), &snapshot.sha512)?;
@@ -179,8 +194,8 @@ fn holds_snapshots<I: Subject>(path: &Path, image: &I, same: &Same) -> Verdict {
     Ok(())
 }
 
-fn is_refused(path: &Path, refusal: &Refusal) -> Verdict {
-    let error = must_fail(Qcow2Image::open_at(path, &View::Active))?;
+fn is_refused(corpus: &Path, file: &Path, refusal: &Refusal) -> Verdict {
+    let error = must_fail(Qcow2Image::open_in(corpus, file, &View::Active))?;
     let (class, at) = match &error {
         Error::Corrupt { at, .. } => (Class::Corrupt, Some(at.0)),
         Error::Unsupported { .. } => (Class::Unsupported, None),
@@ -197,8 +212,8 @@ fn is_refused(path: &Path, refusal: &Refusal) -> Verdict {
 }
 
 /// Opens; what is lost fails by name, and everything else reads as in the original.
-fn loses(corpus: &Path, path: &Path, loss: &Loss) -> Verdict {
-    let image = Qcow2Image::open_at(path, &View::Active).map_err(|e| format!("opening: {e}"))?;
+fn loses(corpus: &Path, file: &Path, loss: &Loss) -> Verdict {
+    let image = Qcow2Image::open_in(corpus, file, &View::Active).map_err(|e| format!("opening: {e}"))?;
     match (image.verify_tables(), loss.found_by) {
         (Ok(()), FoundBy::Verify) => return Err("the tables are taken for sound".into()),
         (Err(error), FoundBy::Read) => return Err(format!("only reading should tell, but: {error}")),
@@ -239,8 +254,8 @@ fn corruption(read: Result<(), Error>) -> Result<Error, String> {
 }
 
 /// Opens, verifies and reads as its original does.
-fn reads_as(corpus: &Path, path: &Path, otherwise: &Path) -> Result<Qcow2Image, String> {
-    let image = Qcow2Image::open_at(path, &View::Active).map_err(|e| format!("opening: {e}"))?;
+fn reads_as(corpus: &Path, file: &Path, otherwise: &Path) -> Result<Qcow2Image, String> {
+    let image = Qcow2Image::open_in(corpus, file, &View::Active).map_err(|e| format!("opening: {e}"))?;
     image.verify_tables().map_err(|e| format!("verifying: {e}"))?;
     match subject::first_difference(&subject::content(&image)?, &original(corpus, otherwise)?) {
         Some(at) => Err(format!("reads otherwise than {} at {at}", otherwise.display())),
@@ -250,18 +265,18 @@ fn reads_as(corpus: &Path, path: &Path, otherwise: &Path) -> Result<Qcow2Image, 
 
 /// What the sound image reads that a damaged one was made of; it is judged by an entry of its own.
 fn original(corpus: &Path, file: &Path) -> Result<Vec<u8>, String> {
-    let image = Qcow2Image::open_at(&corpus.join(file), &View::Active).map_err(|e| e.to_string())?;
+    let image = Qcow2Image::open_in(corpus, file, &View::Active).map_err(|e| e.to_string())?;
     subject::content(&image)
 }
 
 /// The list is refused as corrupt, or what it lists is when that is opened.
-fn is_unlisted(path: &Path, image: &Qcow2Image, what: List) -> Verdict {
+fn is_unlisted(corpus: &Path, file: &Path, image: &Qcow2Image, what: List) -> Verdict {
     let refused = match what {
         List::Bitmaps => subject::bitmaps(image.layer()).err(),
         List::Snapshots => match subject::snapshots(image.layer()) {
-            Ok(listed) => {
-                listed.into_iter().find_map(|(id, _)| Qcow2Image::open_at(path, &View::Snapshot(id)).err())
-            }
+            Ok(listed) => listed
+                .into_iter()
+                .find_map(|(id, _)| Qcow2Image::open_in(corpus, file, &View::Snapshot(id)).err()),
             Err(error) => Some(error),
         },
     };

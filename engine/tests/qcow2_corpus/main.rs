@@ -7,7 +7,6 @@
 #![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
 #![allow(clippy::indexing_slicing, reason = "tests end where something is not as it should be")]
 
-mod chain;
 mod judge;
 mod manifest;
 mod peers;

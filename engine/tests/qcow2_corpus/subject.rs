@@ -9,46 +9,56 @@ use bedplate_engine::{
     device::ExtentKind,
     error::{Error, Result},
     image::{
-        BaseImage,
+        BaseImage, Format,
+        chain::{AllowedDirectory, Chain, Content as LayerContent},
         qcow2::{Qcow2Image, Qcow2Layer, View},
     },
     units::ByteRange,
 };
-
-use super::chain::Chain;
 
 /// Pieces that an image is read in: whole clusters at once, and borders of nothing.
 const PIECE_LENS: [usize; 2] = [3 << 20, 4099];
 /// Answers of [`BaseImage::extents`] for one image.
 const ANSWERS_MAX: usize = 1 << 20;
 
-/// What is opened for one image.
+/// What is opened for one image of a corpus.
 pub trait Subject: BaseImage + Sized {
-    fn open_at(path: &Path, view: &View) -> Result<Self>;
+    /// Open `file` of the corpus in the directory `corpus`.
+    fn open_in(corpus: &Path, file: &Path, view: &View) -> Result<Self>;
 
     /// The image's own file.
-    fn layer(&self) -> &Qcow2Layer;
+    fn layer(&self) -> Option<&Qcow2Layer>;
 }
 
 impl Subject for Qcow2Image {
-    fn open_at(path: &Path, view: &View) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        Qcow2Image::open(file, path, view)
+    fn open_in(corpus: &Path, file: &Path, view: &View) -> Result<Self> {
+        let path = corpus.join(file);
+        Qcow2Image::open(open_file(&path)?, &path, view)
     }
 
-    fn layer(&self) -> &Qcow2Layer {
-        self.layer()
+    fn layer(&self) -> Option<&Qcow2Layer> {
+        Some(self.layer())
     }
 }
 
+/// With what it names, beneath the corpus's directory.
 impl Subject for Chain {
-    fn open_at(path: &Path, view: &View) -> Result<Self> {
-        Chain::open(path, view)
+    fn open_in(corpus: &Path, file: &Path, view: &View) -> Result<Self> {
+        let path = corpus.join(file);
+        let allowed = AllowedDirectory::open(corpus)?;
+        Chain::open(open_file(&path)?, &path, Format::Qcow2, view, Some(&allowed))
     }
 
-    fn layer(&self) -> &Qcow2Layer {
-        self.layer()
+    fn layer(&self) -> Option<&Qcow2Layer> {
+        match &self.layers().first()?.content {
+            LayerContent::Qcow2(layer) => Some(layer),
+            LayerContent::Raw(_) => None,
+        }
     }
+}
+
+fn open_file(path: &Path) -> Result<File> {
+    File::open(path).map_err(|e| Error::io("open", path, e))
 }
 
 /// All extents, which must cover the image without a gap: (range, kind).

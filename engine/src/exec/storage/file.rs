@@ -317,6 +317,11 @@ impl StorageFile for DiskFile {
             .map_err(|e| self.error("drop cache", e.into()))
     }
 
+    fn read_ahead(&self) {
+        // Whoever reads finds out what is wrong.
+        let _ = posix_fadvise(self.file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    }
+
     fn write_align(&self) -> u64 {
         match self.mode {
             Io::Buffered => SECTOR_SIZE,

@@ -38,6 +38,9 @@ pub trait StorageFile: Send + Sync + fmt::Debug {
     /// Forget what the system remembers of this file's synced bytes, so that reads come from the medium.
     fn drop_cache(&self) -> Result<()>;
 
+    /// All of this file is about to be read in order: begin, and do not wait. A hint.
+    fn read_ahead(&self) {}
+
     /// Writes at multiples of this, in multiples of this, change nothing beside their range: 512 or 4096.
     fn write_align(&self) -> u64;
 

@@ -530,12 +530,29 @@ impl Geometry {
 
     /// Entries of an L2 table, which is one cluster.
     pub fn l2_entries(self) -> u64 {
-        self.cluster_size() / self.l2_entry_len()
+        1 << self.l2_bits()
     }
 
     /// Guest bytes that one L2 table maps.
     pub fn l2_span(self) -> u64 {
-        self.l2_entries() << self.cluster_bits
+        1 << (self.l2_bits() + self.cluster_bits)
+    }
+
+    /// The entry of the L1 table that maps this guest offset.
+    pub fn l1_index(self, offset: u64) -> u64 {
+        offset >> (self.l2_bits() + self.cluster_bits)
+    }
+
+    /// The entry of its L2 table that maps this guest offset.
+    pub fn l2_index(self, offset: u64) -> u64 {
+        (offset >> self.cluster_bits) & (self.l2_entries() - 1)
+    }
+
+    fn l2_bits(self) -> u32 {
+        match self.format {
+            L2Format::Standard => self.cluster_bits - 3,
+            L2Format::Extended => self.cluster_bits - 4,
+        }
     }
 
     /// Bytes of a subcluster; only with [`L2Format::Extended`].

@@ -24,7 +24,7 @@ mod snapshots;
 mod source;
 mod tables;
 
-use std::{fs::File, ops::ControlFlow, path::Path, sync::Arc};
+use std::{fs::File, iter::repeat_n, ops::ControlFlow, path::Path, sync::Arc};
 
 pub use self::{
     bitmaps::{BITMAP_DIRECTORY_BYTES_MAX, BITMAPS_MAX, Bitmap},
@@ -276,9 +276,12 @@ impl Qcow2Layer {
             };
         }
         let cluster = self.decoded.get(key, || {
-            let mut cluster = vec![0; to_usize(geometry.cluster_size())];
-            self.decode(range, host, len, &mut cluster)?;
-            Ok(cluster.into())
+            let mut cluster: Arc<[u8]> = repeat_n(0, to_usize(geometry.cluster_size())).collect();
+            // Nobody shares it yet, so it is filled in place.
+            if let Some(output) = Arc::get_mut(&mut cluster) {
+                self.decode(range, host, len, output)?;
+            }
+            Ok(cluster)
         })?;
         copy(&cluster, buffer);
         Ok(())

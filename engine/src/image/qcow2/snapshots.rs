@@ -6,7 +6,7 @@
 
 use super::{
     fault::{Fault, Result, be16, be32, be64},
-    header::{Geometry, Header, L1_BYTES_MAX, L1Ref},
+    header::{Geometry, Header, L1_BYTES_MAX, L1Ref, Version},
 };
 use crate::units::{ByteLen, ByteOffset, VOLUME_SIZE_MAX};
 
@@ -88,14 +88,22 @@ impl Snapshot {
         Some((snapshot, id_at + id_len + name_len))
     }
 
-    /// Virtual size of the image when the snapshot was taken.
+    /// Virtual size of the image when the snapshot was taken. Where the entry does not say, the image's own, as far
+    /// as the snapshot's L1 table goes: the image may have grown since.
     pub fn size(&self, header: &Header) -> ByteLen {
-        self.disk_size.map_or(header.size, ByteLen)
+        let mapped = u64::from(self.l1_entries) * header.geometry.l2_span();
+        ByteLen(self.disk_size.unwrap_or(header.size.0.min(mapped)))
     }
 
     /// Where its L1 table is, held against the file.
     pub fn l1(&self, header: &Header, file_len: u64) -> Result<L1Ref> {
         let geometry: Geometry = header.geometry;
+        if header.version == Version::V3 && self.disk_size.is_none() {
+            return Err(Fault::truncated(
+                "extra data of a snapshot (version 3 asks for a disk size)",
+                self.at,
+            ));
+        }
         let size = self.size(header);
         if size.0 > VOLUME_SIZE_MAX {
             return Err(Fault::field("disk size of a snapshot", size.0, self.at + 48));

@@ -149,13 +149,15 @@ impl Tables {
         let Opening { geometry, version, clusters, l1, size, mut taken, l2_bytes_max } = opening;
         let cluster_size = geometry.cluster_size();
         let count = size.0.div_ceil(geometry.l2_span());
-        let bytes = file.bytes(l1.offset.0, count * 8, "L1 table")?;
+        // An image without bytes may have no table at all, and then its offset means nothing.
+        let at = if count == 0 { 0 } else { l1.offset.0 };
+        let bytes = file.bytes(at, count * 8, "L1 table")?;
         let fixed = Metadata::new(taken.clone());
         let mut gap = Gap::default();
         let mut slots = Vec::new();
         let mut index = Vec::with_capacity(to_usize(count));
         for word in bytes.chunks_exact(8).map(|bytes| be64(bytes, 0).unwrap_or_default()) {
-            if word & !COPIED == 0 {
+            if word == 0 {
                 index.push(0);
                 continue;
             }
@@ -228,7 +230,7 @@ impl Tables {
         let span = self.rules.geometry.l2_span();
         let mut at = range.start.0;
         while at < range.end().0 {
-            let l1_index = at / span;
+            let l1_index = self.rules.geometry.l1_index(at);
             let end = range.end().0.min((l1_index + 1).saturating_mul(span));
             let part = ByteRange::new(at, end - at);
             let flow = match self.slot(l1_index) {
@@ -273,7 +275,7 @@ impl Tables {
 
     fn fault(&self, lost: ByteRange) -> Result<Fault> {
         let geometry = self.rules.geometry;
-        let index = lost.start.0 / geometry.l2_span();
+        let index = geometry.l1_index(lost.start.0);
         let at = self.l1.offset.0 + index * 8;
         let of_l1 = |problem| {
             let value = be64(&self.file.bytes(at, 8, "L1 table")?, 0).unwrap_or_default();
@@ -284,7 +286,7 @@ impl Tables {
             Some(Place::Damaged(problem)) => return of_l1(problem),
             None => return of_l1(EntryProblem::Nowhere),
         };
-        let index = lost.start.0 % geometry.l2_span() / geometry.cluster_size();
+        let index = geometry.l2_index(lost.start.0);
         let len = geometry.l2_entry_len();
         let at = table + index * len;
         if !self.file.holds(at, len) {
@@ -318,13 +320,13 @@ impl Tables {
         let geometry = self.rules.geometry;
         let start = l1_index * geometry.l2_span();
         if let Some(words) = self.loaded(start, offset, loaded)? {
-            let first = (range.start.0 - start) / geometry.cluster_size();
+            let first = geometry.l2_index(range.start.0);
             let words = words.get(to_usize(first * self.words_per_entry())..).unwrap_or_default();
             return Ok(self.each_of_words(words, range, found));
         }
         let mut at = range.start.0;
         while at < range.end().0 {
-            let first = (at - start) / geometry.cluster_size();
+            let first = geometry.l2_index(at);
             let end = range.end().0.min(start + (first + PIECE_ENTRIES) * geometry.cluster_size());
             let count = (end - start).div_ceil(geometry.cluster_size()) - first;
             let mut words = [0; PIECE_LEN / 8];
@@ -348,16 +350,20 @@ impl Tables {
     ) -> ControlFlow<()> {
         let geometry = self.rules.geometry;
         let mut at = range.start.0;
-        for entry in words.chunks_exact(to_usize(self.words_per_entry())) {
-            if at >= range.end().0 {
-                break;
-            }
-            let end = range.end().0.min(at - geometry.in_cluster(at) + geometry.cluster_size());
-            let (word, bitmap) = match entry {
-                [word] => (*word, None),
-                [word, bitmap] => (*word, Some(*bitmap)),
-                _ => break,
+        let mut words = words;
+        while at < range.end().0 {
+            let (word, bitmap) = match (geometry.l2_format(), words) {
+                (L2Format::Standard, [word, rest @ ..]) => {
+                    words = rest;
+                    (*word, None)
+                }
+                (L2Format::Extended, [word, bitmap, rest @ ..]) => {
+                    words = rest;
+                    (*word, Some(*bitmap))
+                }
+                (L2Format::Standard | L2Format::Extended, _) => break,
             };
+            let end = range.end().0.min(at - geometry.in_cluster(at) + geometry.cluster_size());
             found(ByteRange::new(at, end - at), self.rules.decode(Checked(word), bitmap))?;
             at = end;
         }

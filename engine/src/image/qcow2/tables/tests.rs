@@ -206,6 +206,7 @@ fn a_damaged_entry_of_the_l1_table_is_named_with_what_it_loses() {
         (DATA + 512, EntryProblem::Unaligned),
         (FILE * CLUSTER, EntryProblem::PastEnd),
         (L1_AT, EntryProblem::Metadata),
+        (COPIED, EntryProblem::Metadata),
         (L2_AT, EntryProblem::Shared),
     ] {
         let mut file = File::new();
