@@ -84,7 +84,16 @@ fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked()
     let lost = |offset| matches!(volume.read_at(&mut [0; 4096], offset), Err(Error::Lost { .. }));
     assert_eq!([0, 4096, 8192, 12288].map(lost), [true, false, false, true]);
     drop(volume);
+    let dropped = Arc::new(AtomicU32::new(0));
+    let seen = dropped.clone();
+    storage.set_faults(move |call| {
+        let is_data = call.kind == CallKind::DropCache && call.path.ends_with("/data");
+        seen.fetch_add(u32::from(is_data), Ordering::Relaxed);
+        None
+    });
     let recovered = disk.recover("v").expect("recovered");
+    storage.clear_faults();
+    assert_eq!(dropped.load(Ordering::Relaxed), 1, "what is read from now on comes from the medium");
     let guessed: Vec<ByteRange> = recovered.layers.into_iter().flat_map(|layer| layer.guessed).collect();
     assert_eq!(guessed, [ByteRange::new(0, 4096), ByteRange::new(12288, 4096)]);
     disk.volume("v").expect("there").write_at(&[3; 4096], 0, Durability::Fua).expect("it takes writes again");
