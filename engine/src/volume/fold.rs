@@ -18,7 +18,7 @@ use super::{
     device::Volume,
     disk::Disk,
     layer::Layer,
-    merge::{Progress, Room, punch},
+    merge::{Progress, Room, data_blocks_in, punch},
 };
 use crate::{
     cow::{BlockState, head::HeadIndex},
@@ -54,7 +54,10 @@ impl Disk {
                 return Ok(Progress::Stopped);
             }
             let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
-            match (fold_batch(&lower, &upper, batch), room) {
+            let folded = self
+                .check_step(room, data_blocks_in(&upper.index, batch))
+                .and_then(|()| fold_batch(&lower, &upper, batch));
+            match (folded, room) {
                 (Ok(()), Room::Enough) => at = batch.end().0,
                 (Ok(()), Room::Short) => {
                     at = batch.end().0;

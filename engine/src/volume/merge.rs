@@ -46,6 +46,8 @@ use crate::{
 pub(super) const BATCH_BLOCKS: u64 = 4096;
 /// A layer of no more than this comes up into a head of any size: 16 MiB.
 const SMALL_BLOCKS: u64 = 4096;
+/// A full disk's steps are no smaller: each has two maps written and every map of the chain read again.
+const STEP_BLOCKS_MIN: u64 = 64;
 /// How long a full disk waits for readers of older indexes.
 const EPOCH_WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -244,7 +246,8 @@ impl Disk {
         if let Some(fault) = lower.fault.as_ref().or(upper.fault.as_ref()) {
             return Err(Error::Failed { reason: fault.as_str().into() });
         }
-        if data_blocks(&upper.index) < visible_blocks(&lower, &upper) {
+        let all = BlockRange { start: Block(0), count: lower.index.block_count() };
+        if data_blocks(&upper.index) < visible_blocks(&lower, &upper, all) {
             return self.fold(lower, upper, go_on);
         }
         let end = lower.index.block_count().0.min(upper.index.block_count().0);
@@ -256,7 +259,10 @@ impl Disk {
                 return Ok(Progress::Stopped);
             }
             let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
-            match (merge_batch(&lower, &upper, batch), room) {
+            let merged = self
+                .check_step(room, visible_blocks(&lower, &upper, batch))
+                .and_then(|()| merge_batch(&lower, &upper, batch));
+            match (merged, room) {
                 (Ok(copied), room) => {
                     at = batch.end().0;
                     if copied && room == Room::Short {
@@ -295,14 +301,26 @@ impl Disk {
         }
     }
 
-    /// Blocks of one step. On a full disk a part of what is free, so that the maps of the step find room as well.
+    /// Blocks of one step. On a full disk a part of what is free, so that the maps of the step find room as well; at
+    /// least so many that it is worth it, see [`Disk::check_step`].
     pub(super) fn step_blocks(&self, room: Room) -> u64 {
         match room {
             Room::Enough => BATCH_BLOCKS,
             Room::Short => {
                 let free = self.storage.free_bytes().unwrap_or(0);
-                (free / 4 / BLOCK_SIZE).clamp(1, BATCH_BLOCKS)
+                (free / 4 / BLOCK_SIZE).clamp(STEP_BLOCKS_MIN, BATCH_BLOCKS)
             }
+        }
+    }
+
+    /// Whether a step that copies so many blocks may begin. On a full disk it leaves as much as it takes, for its maps.
+    pub(super) fn check_step(&self, room: Room, copied: u64) -> Result<()> {
+        let wanted = BlockCount(copied).len().0.saturating_mul(2);
+        match room {
+            Room::Short if copied > 0 && self.storage.free_bytes()? < wanted => {
+                Err(Error::NoSpace { path: self.path() })
+            }
+            Room::Short | Room::Enough => Ok(()),
         }
     }
 
@@ -416,14 +434,16 @@ fn is_worth_it(index: &Index, slot: Slot) -> bool {
 }
 
 fn data_blocks(index: &HeadIndex) -> u64 {
-    let all = BlockRange { start: Block(0), count: index.block_count() };
-    index.runs(all).filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+    data_blocks_in(index, BlockRange { start: Block(0), count: index.block_count() })
 }
 
-/// Data blocks of `lower` that `upper` does not hide.
-fn visible_blocks(lower: &Layer, upper: &Layer) -> u64 {
-    let all = BlockRange { start: Block(0), count: lower.index.block_count() };
-    let absent = upper.index.runs(all).filter(|(_, state)| *state == BlockState::Absent);
+pub(super) fn data_blocks_in(index: &HeadIndex, blocks: BlockRange) -> u64 {
+    index.runs(blocks).filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+}
+
+/// Data blocks of `lower` in `blocks` that `upper` does not hide.
+fn visible_blocks(lower: &Layer, upper: &Layer, blocks: BlockRange) -> u64 {
+    let absent = upper.index.runs(blocks).filter(|(_, state)| *state == BlockState::Absent);
     let below = absent.flat_map(|(run, _)| lower.index.runs(run));
     below.filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
 }
