@@ -18,7 +18,7 @@ use super::{
     device::Volume,
     disk::Disk,
     layer::Layer,
-    merge::{Progress, Room, data_blocks_in, punch},
+    merge::{Patience, Progress, Room, data_blocks_in, punch},
 };
 use crate::{
     cow::{BlockState, head::HeadIndex},
@@ -107,7 +107,8 @@ impl Disk {
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if !self.wait_for_readers(&executors, &self.slots_of([lower, upper])) {
+        // In vain only once: the fold ends with that.
+        if !self.wait_for_readers(&executors, &self.slots_of([lower, upper]), &mut Patience::Whole) {
             // They go on reading it above; it goes with the file when the fold is done.
             return Err(Error::NoSpace { path: self.path() });
         }

@@ -284,7 +284,7 @@ impl Disk {
         let frozen = self.frozen(record, Some(top))?;
         let empty = HeadIndex::new(size.blocks_ceil());
         let index = self.index(size, empty, &frozen.index, base.as_ref());
-        self.tree().add_view(&index);
+        self.tree().add_view(&index, &frozen.files);
         Ok(View { index, head: None, layers: frozen.files, base })
     }
 

@@ -9,7 +9,7 @@
 //! *frozen* layer they are written where its map does not name them, and its map is replaced after they were synced.
 //!
 //! On a full disk the batch that does not fit gives back what came up before it: the map that names it above is synced,
-//! every reader of an older index has ended (or this waits no longer than `EPOCH_WAIT_MAX` and goes without), and then
+//! every reader of an older index has ended (or this waits `EPOCH_WAIT_MAX`, once a merge, and goes without), and then
 //! the lower layer's blocks are punched.
 
 use std::{
@@ -64,6 +64,14 @@ pub(super) enum Room {
     Enough,
     /// What moved is given back after every step.
     Short,
+}
+
+/// Whether a merge still waits for readers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    Whole,
+    /// It waited in vain once, while no life operation could begin; from there on it only looks.
+    Spent,
 }
 
 /// How far a merge got.
@@ -163,10 +171,11 @@ impl Disk {
         let Some(slot) = self.tree().known_slot(candidate.layer) else {
             return Err(Error::Invalid(format!("internal: layer {} is not open", candidate.layer)));
         };
+        let mut patience = Patience::Whole;
         if !is_worth_it(&volume.live()?.view().index, slot) {
             let _life = self.life();
             if volume.record().head == candidate.child && self.is_candidate(candidate) {
-                self.give_back_below_head(volume.live()?, slot)?;
+                self.give_back_below_head(volume.live()?, slot, &mut patience)?;
             }
             return Ok(Progress::Left);
         }
@@ -188,7 +197,7 @@ impl Disk {
             }
             let batch = BlockRange { start: at, count: BlockCount(BATCH_BLOCKS.min(end.0 - at.0)) };
             for blocks in wanted(&executor.view().index, slot, batch) {
-                self.copy_up(executor, blocks, CopySource::Layer(slot), Some(slot))?;
+                self.copy_up(executor, blocks, CopySource::Layer(slot), Some((slot, &mut patience)))?;
             }
             at = batch.end();
         }
@@ -200,12 +209,12 @@ impl Disk {
         executor: &Executor,
         blocks: BlockRange,
         from: CopySource,
-        reclaimed: Option<Slot>,
+        mut reclaimed: Option<(Slot, &mut Patience)>,
     ) -> Result<()> {
         for piece in pieces(blocks, COPY_BLOCKS_MAX) {
-            match (executor.copy_up(piece, from), reclaimed) {
-                (Err(Error::NoSpace { .. }), Some(slot)) => {
-                    self.give_back_below_head(executor, slot)?;
+            match (executor.copy_up(piece, from), &mut reclaimed) {
+                (Err(Error::NoSpace { .. }), Some((slot, patience))) => {
+                    self.give_back_below_head(executor, *slot, patience)?;
                     self.with_reserve(|| executor.copy_up(piece, from))?;
                 }
                 (other, _) => other?,
@@ -215,13 +224,13 @@ impl Disk {
     }
 
     /// Punch the blocks of a frozen layer that its child, a head, hides durably.
-    fn give_back_below_head(&self, executor: &Executor, slot: Slot) -> Result<()> {
+    fn give_back_below_head(&self, executor: &Executor, slot: Slot, patience: &mut Patience) -> Result<()> {
         executor.flush()?;
         let new_epoch = |view: &View| View { index: Arc::new(Index::clone(&view.index)), ..view.clone() };
         executor.republish(new_epoch);
         let view = executor.view();
         let Some(file) = view.layers.get(slot) else { return Ok(()) };
-        if !self.wait_for_readers(&[executor], &[slot]) {
+        if !self.wait_for_readers(&[executor], &[slot], patience) {
             return Ok(());
         }
         let all = BlockRange { start: Block(0), count: view.index.head.block_count() };
@@ -251,7 +260,7 @@ impl Disk {
             return self.fold(lower, upper, go_on);
         }
         let end = lower.index.block_count().0.min(upper.index.block_count().0);
-        let (mut at, mut room) = (0, self.room());
+        let (mut at, mut room, mut patience) = (0, self.room(), Patience::Whole);
         while at < end {
             if !go_on() {
                 let _life = self.life();
@@ -266,13 +275,13 @@ impl Disk {
                 (Ok(copied), room) => {
                     at = batch.end().0;
                     if copied && room == Room::Short {
-                        self.give_back_below_frozen(&lower, &mut upper, batch)?;
+                        self.give_back_below_frozen(&lower, &mut upper, batch, &mut patience)?;
                     }
                 }
                 (Err(Error::NoSpace { .. }), Room::Enough) => {
                     room = Room::Short;
                     let all = BlockRange::new(0, end);
-                    self.give_back_below_frozen(&lower, &mut upper, all)?;
+                    self.give_back_below_frozen(&lower, &mut upper, all, &mut patience)?;
                     self.reserve.give_up();
                 }
                 (Err(error), _) => return Err(error),
@@ -325,13 +334,19 @@ impl Disk {
     }
 
     /// Let every volume read from `upper` what came up into it, then punch these blocks below where it has them.
-    fn give_back_below_frozen(&self, lower: &Layer, upper: &mut Layer, blocks: BlockRange) -> Result<()> {
+    fn give_back_below_frozen(
+        &self,
+        lower: &Layer,
+        upper: &mut Layer,
+        blocks: BlockRange,
+        patience: &mut Patience,
+    ) -> Result<()> {
         let _life = self.life();
         self.replace_map(upper)?;
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if self.wait_for_readers(&executors, &self.slots_of([lower, upper])) {
+        if self.wait_for_readers(&executors, &self.slots_of([lower, upper]), patience) {
             for (run, _) in upper.index.runs(blocks).filter(|(_, state)| *state != BlockState::Absent) {
                 punch(&*lower.data, run);
             }
@@ -391,7 +406,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether nobody follows an older index of these volumes over these layers, or a snapshot.
+    /// Whether nobody follows an older index of these volumes over these layers, or a snapshot that stands
+    /// on them.
     pub(super) fn no_readers(&self, executors: &[&Executor], layers: &[Slot]) -> bool {
         // A volume that only reads follows the index that it was opened with; others go on beside it (invariant 12).
         let frozen_in_time = |volume: &Arc<Volume>| match &volume.backend {
@@ -401,7 +417,7 @@ impl Disk {
         if self.tree().volumes.values().any(frozen_in_time) {
             return false;
         }
-        executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views()
+        executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views(layers)
     }
 
     /// What indexes call these layers; one that is not open nobody reads.
@@ -411,14 +427,23 @@ impl Disk {
     }
 
     /// Wait until [`Disk::no_readers`]; `false`: there still are some.
-    pub(super) fn wait_for_readers(&self, executors: &[&Executor], layers: &[Slot]) -> bool {
+    pub(super) fn wait_for_readers(
+        &self,
+        executors: &[&Executor],
+        layers: &[Slot],
+        patience: &mut Patience,
+    ) -> bool {
         let deadline = Instant::now() + EPOCH_WAIT_MAX;
         loop {
             if self.no_readers(executors, layers) {
                 return true;
             }
+            if *patience == Patience::Spent {
+                return false;
+            }
             if Instant::now() > deadline {
                 tracing::warn!("the disk is full, and a reader still follows what could be given back");
+                *patience = Patience::Spent;
                 return false;
             }
             std::thread::sleep(Duration::from_millis(5));

@@ -314,6 +314,29 @@ fn a_disk_with_no_room_for_a_step_worth_its_maps_refuses_to_merge_and_does_so_on
 }
 
 #[test]
+fn a_layer_goes_down_into_a_larger_one_beside_a_view_of_another_volume_but_not_beneath_one_of_its_own() {
+    let (_, disk) = disk(1 << 20);
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 64 * 4096], 0, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "large").expect("taken");
+    volume.write_at(&[2; 4096], 4096, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "small").expect("taken");
+    disk.create_volume("w", Origin::Empty, Some(ByteLen(65536))).expect("created");
+    disk.volume("w").expect("there").write_at(&[3; 4096], 0, Durability::Fua).expect("written");
+    let other = disk.view("w", None).expect("viewed");
+    let own = disk.view("v", Some("large")).expect("viewed");
+    let expected = [content(&*volume), content(&own), content(&other)];
+    disk.delete_snapshot("v", "large").expect("deleted");
+    disk.reclaim(|| true).expect("reclaimed");
+    assert_eq!(volume.info().layer_count, 3);
+    assert!([content(&*volume), content(&own), content(&other)] == expected);
+    drop(own);
+    disk.reclaim(|| true).expect("reclaimed");
+    assert_eq!(volume.info().layer_count, 2);
+    assert!(content(&*volume) == expected[0] && content(&other) == expected[2]);
+}
+
+#[test]
 fn reclaiming_ends_beside_a_volume_that_cannot_be_opened() {
     let (storage, disk) = disk(65536);
     let volume = disk.volume("v").expect("there");
