@@ -86,7 +86,7 @@ pub struct Settings {
     pub http: Option<HttpPatience>,
 }
 
-/// The table `[http]`: how patient downloads are. Times are as 500ms, 30s or 15m.
+/// The table `[http]`: how patient downloads are. Times are as 30s or 15m, and none is below 1s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpPatience {

@@ -151,9 +151,15 @@ pub fn runs_from(device: &dyn BlockDevice, at: u64) -> Result<Vec<Extent>> {
     let size = device.geometry().size;
     let asked = ByteRange::new(at, (size.0 - at).min(EXTENTS_SPAN));
     let extents = device.extents(asked)?;
-    // A device that broke its promise would corrupt what is made of it.
-    let mut at = at;
-    for extent in &extents {
+    check_runs(asked, &extents)?;
+    Ok(extents)
+}
+
+/// Refuse an answer to `asked` that is not in order, has gaps or is empty: it would corrupt what is made of it, or have
+/// whoever asks for the rest ask for ever.
+pub(crate) fn check_runs(asked: ByteRange, extents: &[Extent]) -> Result<()> {
+    let mut at = asked.start.0;
+    for extent in extents {
         if extent.range.start.0 != at || extent.range.is_empty() || extent.range.end() > asked.end() {
             let what = format!("the device gave the run {} where one at byte {at} was due", extent.range);
             return Err(Error::Invalid(what));
@@ -163,7 +169,7 @@ pub fn runs_from(device: &dyn BlockDevice, at: u64) -> Result<Vec<Extent>> {
     if extents.is_empty() {
         return Err(Error::Invalid(format!("the device has no run at byte {at}")));
     }
-    Ok(extents)
+    Ok(())
 }
 
 /// Visit the runs of a device in order, without gaps.

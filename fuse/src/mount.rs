@@ -13,7 +13,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
+        Arc, Condvar, Mutex, Once, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, SyncSender},
     },
@@ -320,14 +320,17 @@ pub fn try_io_flusher() -> io::Result<()> {
 }
 
 /// Mark the calling thread as one that serves I/O. A host short of memory writes dirty pages through us; the kernel must
-/// not make us wait for that in turn. For threads of the engine too, on which requests wait.
+/// not make us wait for that in turn. For threads of the engine too, on which requests wait. Refused, it is said once.
 pub fn serve_io() {
+    static SAID: Once = Once::new();
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-        tracing::warn!(
-            %error,
-            "serving without the IO_FLUSHER state, which needs CAP_SYS_RESOURCE: a memory limit that this process \
-             shares with the mount's users may then stop both"
-        );
+        SAID.call_once(|| {
+            tracing::warn!(
+                %error,
+                "serving without the IO_FLUSHER state, which needs CAP_SYS_RESOURCE: a memory limit that this process \
+                 shares with the mount's users may then stop both"
+            );
+        });
     }
 }
 

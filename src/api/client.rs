@@ -42,6 +42,18 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 const JSON: &str = "application/json";
 const OCTETS: &str = "application/octet-stream";
 
+/// What comes next of an upload: bytes, or `None` for its end. A sender that goes away before has not sent everything.
+pub type UploadPart = io::Result<Option<Bytes>>;
+
+/// The body of an upload, which is whole only when its end was named: a queue that merely ends says nothing of why.
+fn upload_body(queue: mpsc::Receiver<UploadPart>) -> impl Body<Data = Bytes, Error = io::Error> + Send {
+    StreamBody::new(stream::unfold(queue, |mut queue| async move {
+        let gone = || Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the upload was given up"));
+        let part = queue.recv().await.unwrap_or_else(gone).transpose()?;
+        Some((part.map(Frame::data), queue))
+    }))
+}
+
 /// Why a call gave no answer, or which one.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -102,18 +114,11 @@ impl Client {
         self.post(&["images"], request).await
     }
 
-    /// Send the bytes of an image that was created with the source `upload`. An error among `parts`, or the end of this
-    /// future before its answer, breaks the upload off.
-    pub async fn upload_image(
-        &self,
-        name: &str,
-        mut parts: mpsc::Receiver<io::Result<Bytes>>,
-    ) -> Result<Image> {
+    /// Send the bytes of an image that was created with the source `upload`. Whatever ends before the end that `parts`
+    /// names breaks the upload off: an error among them, their sender, or this future.
+    pub async fn upload_image(&self, name: &str, mut parts: mpsc::Receiver<UploadPart>) -> Result<Image> {
         let (to_body, queue) = mpsc::channel(1);
-        let body = StreamBody::new(stream::unfold(queue, |mut queue| async move {
-            let part: io::Result<Bytes> = queue.recv().await?;
-            Some((part.map(Frame::data), queue))
-        }));
+        let body = upload_body(queue);
         // However long the sender takes for a part, the node must take it soon.
         let feed = async move {
             while let Some(part) = parts.recv().await {

@@ -5,10 +5,10 @@
 //! replaced, one that a node answers on never, and nothing that is no socket.
 
 use std::{
-    fs::{self, DirBuilder, File, Permissions},
+    fs::{self, DirBuilder, Permissions},
     io,
     os::{
-        fd::AsRawFd,
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{
             fs::{DirBuilderExt, FileTypeExt, PermissionsExt, chown},
             net::UnixStream as StdUnixStream,
@@ -17,6 +17,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::Mode,
+    unistd::{UnlinkatFlags, unlinkat},
+};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Who may speak to the node: its user, and the socket's group.
@@ -90,7 +95,7 @@ impl Drop for Listener {
 /// A directory for this user alone, beside the socket's place. It goes when this is dropped.
 struct Nursery {
     dir: PathBuf,
-    held: File,
+    held: OwnedFd,
 }
 
 impl Nursery {
@@ -99,9 +104,11 @@ impl Nursery {
         name.push(".new");
         let dir = socket.with_file_name(name);
         // What a killed node left.
-        clear(&dir);
+        if let Ok(held) = hold(&dir) {
+            clear(held.as_fd(), &dir);
+        }
         DirBuilder::new().mode(NURSERY_MODE).create(&dir)?;
-        let held = File::open(&dir)?;
+        let held = hold(&dir)?;
         Ok(Nursery { dir, held })
     }
 
@@ -113,13 +120,19 @@ impl Nursery {
 
 impl Drop for Nursery {
     fn drop(&mut self) {
-        clear(&self.dir);
+        clear(self.held.as_fd(), &self.dir);
     }
 }
 
+/// The directory itself: somebody may have put a link in its place.
+fn hold(dir: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(open(dir, flags, Mode::empty())?)
+}
+
 /// Nothing but an empty directory or one with a socket of ours goes.
-fn clear(dir: &Path) {
-    drop(fs::remove_file(dir.join(NURSERY_NAME)));
+fn clear(held: BorrowedFd<'_>, dir: &Path) {
+    drop(unlinkat(held, NURSERY_NAME, UnlinkatFlags::NoRemoveDir));
     drop(fs::remove_dir(dir));
 }
 
@@ -153,6 +166,19 @@ mod tests {
         let _listener = Listener::bind(&path, None).unwrap();
         assert!(StdUnixStream::connect(&path).is_ok());
         assert!(matches!(Listener::bind(&path, None), Err(ListenError::Answers { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_link_in_the_directorys_place_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other");
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join(NURSERY_NAME), "somebody's").unwrap();
+        std::os::unix::fs::symlink(&other, dir.path().join("s.new")).unwrap();
+        let refused = Listener::bind(&dir.path().join("s"), None);
+        assert!(matches!(refused, Err(ListenError::Io { op: "make a directory beside", .. })), "{refused:?}");
+        assert_eq!(fs::read_to_string(other.join(NURSERY_NAME)).unwrap(), "somebody's");
+        assert!(dir.path().join("s.new").is_symlink());
     }
 
     #[tokio::test]

@@ -117,8 +117,9 @@ async fn an_upload_reaches_the_node_byte_for_byte_and_one_that_nobody_takes_is_a
     let sent = content.clone();
     let sender = tokio::spawn(async move {
         for part in sent.chunks(100_001) {
-            to_send.send(Ok(hyper::body::Bytes::copy_from_slice(part))).await.unwrap();
+            to_send.send(Ok(Some(hyper::body::Bytes::copy_from_slice(part)))).await.unwrap();
         }
+        to_send.send(Ok(None)).await.unwrap();
     });
     server.client.upload_image("a", parts).await.unwrap();
     sender.await.unwrap();
@@ -138,6 +139,20 @@ async fn an_upload_reaches_the_node_byte_for_byte_and_one_that_nobody_takes_is_a
 }
 
 #[tokio::test]
+async fn an_upload_whose_sender_goes_away_before_the_end_is_never_whole() {
+    let server = Server::start();
+    let (to_send, parts) = tokio::sync::mpsc::channel(1);
+    to_send.send(Ok(Some(hyper::body::Bytes::from_static(b"half of it")))).await.unwrap();
+    drop(to_send);
+    let error = server.client.upload_image("a", parts).await.unwrap_err();
+    assert!(matches!(error, Error::Broken { .. }), "{error}");
+    // Stopping waits for the request, which by then has handed on whatever it was to hand on.
+    let uploaded = server.node.uploaded.clone();
+    server.stop().await;
+    assert_eq!(*uploaded.lock().unwrap_or_else(PoisonError::into_inner), b"");
+}
+
+#[tokio::test]
 async fn the_route_that_takes_as_long_as_its_body_is_the_one_of_uploads() {
     let server = Server::start();
     let answer = server.get("/openapi.json").await;
@@ -146,7 +161,8 @@ async fn the_route_that_takes_as_long_as_its_body_is_the_one_of_uploads() {
     let operation = &document["paths"][path][method.as_str().to_lowercase()];
     assert!(operation["requestBody"]["content"]["application/octet-stream"].is_object(), "{operation}");
     // As the server itself calls it when it counts the request.
-    let (_, parts) = tokio::sync::mpsc::channel(1);
+    let (to_send, parts) = tokio::sync::mpsc::channel(1);
+    to_send.send(Ok(None)).await.unwrap();
     server.client.upload_image("a", parts).await.unwrap();
     assert!(server.get("/metrics").await.contains(path), "{path}");
     server.stop().await;

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::{exit::Failure, wait};
 use crate::api::{
-    client::{Client, Error},
+    client::{Client, Error, UploadPart},
     types::{CreateImage, Image},
 };
 
@@ -49,7 +49,7 @@ pub async fn create(
 }
 
 /// Read stdin on a thread, which ends with the process: a pipe may never say anything again.
-fn read_ahead(name: &str) -> mpsc::Receiver<io::Result<Bytes>> {
+fn read_ahead(name: &str) -> mpsc::Receiver<UploadPart> {
     let (parts, queue) = mpsc::channel(READS_AHEAD_MAX);
     // Drawn on stderr, and only on a terminal.
     let bar = ProgressBar::new_spinner().with_message(format!("{name}: sending"));
@@ -61,13 +61,14 @@ fn read_ahead(name: &str) -> mpsc::Receiver<io::Result<Bytes>> {
         let mut buffer = vec![0; READ_LEN];
         loop {
             let part = match stdin.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(len) => Ok(Bytes::copy_from_slice(buffer.get(..len).unwrap_or_default())),
+                Ok(0) => Ok(None),
+                Ok(len) => Ok(Some(Bytes::copy_from_slice(buffer.get(..len).unwrap_or_default()))),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => Err(error),
             };
-            bar.inc(part.as_ref().map_or(0, |part| part.len() as u64));
-            let ended = part.is_err();
+            let len = part.as_ref().ok().and_then(|part| part.as_ref().map(Bytes::len));
+            bar.inc(len.unwrap_or_default() as u64);
+            let ended = len.is_none();
             // Nobody listens any more: the upload has ended, one way or the other.
             if parts.blocking_send(part).is_err() || ended {
                 break;

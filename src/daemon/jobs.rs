@@ -3,9 +3,8 @@
 //! Owns the table of running and ended jobs, its bounds, and the threads that they run on. A job is *running* until its
 //! work returns, then *done* or *failed* with the reason, for good; ended ones are kept until [`JOBS_KEPT_MAX`] newer
 //! ones have ended. Every job can be told to stop, by a person or by the node when it goes down; one that ends early for
-//! that reason says so, whatever its work made of it. A recovery alone does not listen: what it leaves half done nobody
-//! could use. Bringing in images is not
-//! here: the image service has its own.
+//! that reason says so, whatever its work made of it, unless that is a fault. A recovery alone does not listen: what it
+//! leaves half done nobody could use. Bringing in images is not here: the image service has its own.
 
 use std::{
     collections::BTreeMap,
@@ -65,19 +64,46 @@ impl Control {
         self.stop.check().is_ok()
     }
 
-    /// Work that was told to stop ends with an error of its own, which does not say that.
+    /// Work that was told to stop ends with an error of its own, which does not say that. One that nobody's wish to
+    /// stop brings about stays as it is.
     fn explain(&self, refusal: Refusal) -> Refusal {
         match self.stop.check() {
             Ok(()) => refusal,
             Err(why) => {
                 let why = Refusal::from(why);
-                if why.code == refusal.code {
+                if why.code == refusal.code || is_fault(refusal.code) {
                     return refusal;
                 }
                 let detail = format!("{}: {}", why.detail, refusal.detail);
                 Refusal { detail, ..why }
             }
         }
+    }
+}
+
+/// Whether something is wrong that somebody has to know of, also when the job was told to stop.
+fn is_fault(code: Code) -> bool {
+    match code {
+        Code::Faulted
+        | Code::ChecksumMismatch
+        | Code::Corrupt
+        | Code::NoSpace
+        | Code::Storage
+        | Code::Internal => true,
+        Code::Invalid
+        | Code::Unsupported
+        | Code::NotFound
+        | Code::NoSuchRoute
+        | Code::TooLarge
+        | Code::Exists
+        | Code::InUse
+        | Code::NotReady
+        | Code::Busy
+        | Code::ReadOnly
+        | Code::Source
+        | Code::TimedOut
+        | Code::Cancelled
+        | Code::ShuttingDown => false,
     }
 }
 
@@ -421,6 +447,27 @@ mod tests {
         );
         assert_eq!(jobs.cancel(id).unwrap_err().code, Code::NotReady);
         assert_eq!(jobs.cancel(99).unwrap_err().code, Code::NotFound);
+    }
+
+    #[test]
+    fn a_fault_that_a_cancelled_job_ends_with_is_told_as_what_it_is() {
+        fn ends_with(fault: impl FnOnce() -> Outcome + Send + 'static) -> Code {
+            let jobs = Arc::new(Jobs::default());
+            let (go, wait) = mpsc::channel::<()>();
+            let work = move |_: &Control| {
+                wait.recv().ok();
+                fault()
+            };
+            let id = jobs.start(JobKind::VolumeFlatten, "a", work).unwrap().id;
+            jobs.cancel(id).unwrap();
+            drop(go);
+            jobs.wait(id, LONG).unwrap().error.unwrap().code
+        }
+        for code in Code::ALL.into_iter().filter(|code| is_fault(*code)) {
+            assert_eq!(ends_with(move || Err(Refusal::new(code, "a fault"))), code);
+        }
+        assert_eq!(ends_with(|| panic!("a fault of the program")), Code::Internal);
+        assert_eq!(ends_with(|| Err(Refusal::new(Code::InUse, "told to stop"))), Code::Cancelled);
     }
 
     #[test]

@@ -245,7 +245,14 @@ fn start(
         return Ok(None);
     }
     let files = Files::new(volumes.clone(), images.clone(), config.mount.clone());
-    let mount = Mount::start(&config.mount, Arc::new(files), mount_options(config))?;
+    let mount = match Mount::start(&config.mount, Arc::new(files), mount_options(config)) {
+        Ok(mount) => mount,
+        Err(error) => {
+            // What they have is kept for the next start.
+            runtime.block_on(stop_images(&images));
+            return Err(error.into());
+        }
+    };
     // The kernel's name for it, without links: devices are known by the paths of their files.
     let mount_dir = mount.dir().to_owned();
     let losetup = Losetup::new(runtime.clone());

@@ -47,6 +47,10 @@ impl LayerFiles {
         LayerFiles::new(files)
     }
 
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.files.iter().map(|(slot, _)| *slot)
+    }
+
     pub fn get(&self, slot: Slot) -> Option<&Arc<dyn StorageFile>> {
         let at = self.files.binary_search_by_key(&slot, |(slot, _)| *slot).ok()?;
         self.files.get(at).map(|(_, file)| file)

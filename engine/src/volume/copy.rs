@@ -18,7 +18,7 @@ use crate::{
         core::COPY_BLOCKS_MAX,
         map::{checkpoint::LogLen, log::LogEnd},
     },
-    device::{BlockDevice, ExtentKind},
+    device::{BlockDevice, ExtentKind, check_runs},
     error::{Error, Result},
     exec::{buffer::AlignedBuffer, request::nonzero_blocks, storage::StorageFile},
     image::BaseImage,
@@ -87,7 +87,10 @@ pub(super) fn each_run(
     let len = source.len();
     let mut at = 0;
     while at < len.0 {
-        for extent in source.extents(ByteRange::new(at, len.0 - at))? {
+        let asked = ByteRange::new(at, len.0 - at);
+        let extents = source.extents(asked)?;
+        check_runs(asked, &extents)?;
+        for extent in extents {
             at = extent.range.end().0;
             if extent.kind == ExtentKind::Zero {
                 continue;
@@ -144,4 +147,41 @@ pub(super) fn copy_blocks(from: &dyn StorageFile, to: &dyn StorageFile, run: Blo
 pub(super) fn pieces(run: BlockRange, blocks_max: u64) -> impl Iterator<Item = BlockRange> {
     let starts = (run.start.0..run.end().0).step_by(crate::units::to_usize(blocks_max));
     starts.map(move |start| BlockRange::new(start, blocks_max.min(run.end().0 - start)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Extent;
+
+    /// An image that says nothing of its second half.
+    #[derive(Debug)]
+    struct Half;
+
+    impl BaseImage for Half {
+        fn len(&self) -> ByteLen {
+            ByteLen(8192)
+        }
+
+        fn read_at(&self, buffer: &mut [u8], _: u64) -> Result<()> {
+            buffer.fill(1);
+            Ok(())
+        }
+
+        fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+            let first = ByteRange::new(0, 4096).intersect(range);
+            Ok(first.map(|range| Extent { range, kind: ExtentKind::Data }).into_iter().collect())
+        }
+    }
+
+    #[test]
+    fn a_source_that_does_not_say_what_it_holds_is_refused_instead_of_being_asked_for_ever() {
+        let mut runs = Vec::new();
+        let work = |run| {
+            runs.push(run);
+            Ok(())
+        };
+        assert!(matches!(each_run(&Half, 16, &mut |_, _| true, work), Err(Error::Invalid(_))));
+        assert_eq!(runs, [BlockRange::new(0, 1)]);
+    }
 }

@@ -316,6 +316,8 @@ impl Volume {
 #[derive(Debug)]
 pub struct Snapshot {
     pub(super) view: View,
+    /// On a volume that takes no writes, whose head is read itself: recovering it would have it written to.
+    pub(super) _hold: Option<Hold>,
 }
 
 impl BlockDevice for Snapshot {

@@ -18,7 +18,7 @@ use super::{
     device::Volume,
     disk::Disk,
     layer::Layer,
-    merge::{Progress, Room, punch},
+    merge::{Patience, Progress, Room, data_blocks_in, punch},
 };
 use crate::{
     cow::{BlockState, head::HeadIndex},
@@ -37,7 +37,7 @@ impl Disk {
     ) -> Result<Progress> {
         let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if !self.no_readers(&executors) {
+        if !self.no_readers(&executors, &self.slots_of([&lower, &upper])) {
             return Ok(Progress::Left);
         }
         let blocks = upper.index.block_count().max(lower.index.block_count());
@@ -54,7 +54,10 @@ impl Disk {
                 return Ok(Progress::Stopped);
             }
             let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
-            match (fold_batch(&lower, &upper, batch), room) {
+            let folded = self
+                .check_step(room, data_blocks_in(&upper.index, batch))
+                .and_then(|()| fold_batch(&lower, &upper, batch));
+            match (folded, room) {
                 (Ok(()), Room::Enough) => at = batch.end().0,
                 (Ok(()), Room::Short) => {
                     at = batch.end().0;
@@ -104,7 +107,8 @@ impl Disk {
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.volumes_over(upper.uuid);
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if !self.wait_for_readers(&executors) {
+        // In vain only once: the fold ends with that.
+        if !self.wait_for_readers(&executors, &self.slots_of([lower, upper]), &mut Patience::Whole) {
             // They go on reading it above; it goes with the file when the fold is done.
             return Err(Error::NoSpace { path: self.path() });
         }

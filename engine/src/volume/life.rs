@@ -254,7 +254,8 @@ impl Disk {
         let life = self.life();
         let device = self.volume(volume)?;
         if let (None, Backend::ReadOnly { view, .. }) = (snapshot, &device.backend) {
-            return Ok(Snapshot { view: view.clone() });
+            let hold = device.hold("a view of what can be read of it")?;
+            return Ok(Snapshot { view: view.clone(), _hold: Some(hold) });
         }
         let (top, size, temporary) = match snapshot {
             Some(name) => {
@@ -267,20 +268,24 @@ impl Disk {
                 (self.freeze(&device, Some(&name))?, size, Some(name))
             }
         };
-        let record = device.record();
+        let view = self.view_over(&device.record(), top, ByteLen(size));
+        drop(life);
+        // The view holds its files open and its epoch, so the name has done its work, and also when there is no view.
+        if let Some(name) = temporary {
+            let deleted = self.delete_snapshot(volume, &name);
+            return view.and_then(|view| deleted.map(|_| Snapshot { view, _hold: None }));
+        }
+        Ok(Snapshot { view: view?, _hold: None })
+    }
+
+    /// What a frozen layer and everything below it read as.
+    fn view_over(&self, record: &VolumeRecord, top: Uuid, size: ByteLen) -> Result<View> {
         let base = self.open_base(record.image.as_ref())?;
-        let size = ByteLen(size);
-        let frozen = self.frozen(&record, Some(top))?;
+        let frozen = self.frozen(record, Some(top))?;
         let empty = HeadIndex::new(size.blocks_ceil());
         let index = self.index(size, empty, &frozen.index, base.as_ref());
-        self.tree().add_view(&index);
-        let view = View { index, head: None, layers: frozen.files, base };
-        drop(life);
-        // The view holds its files open and its epoch, so the name has done its work.
-        if let Some(name) = temporary {
-            self.delete_snapshot(volume, &name)?;
-        }
-        Ok(Snapshot { view })
+        self.tree().add_view(&index, &frozen.files);
+        Ok(View { index, head: None, layers: frozen.files, base })
     }
 
     /// Snapshots that a killed process left behind.

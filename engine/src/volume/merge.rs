@@ -9,7 +9,7 @@
 //! *frozen* layer they are written where its map does not name them, and its map is replaced after they were synced.
 //!
 //! On a full disk the batch that does not fit gives back what came up before it: the map that names it above is synced,
-//! every reader of an older index has ended (or this waits no longer than `EPOCH_WAIT_MAX` and goes without), and then
+//! every reader of an older index has ended (or this waits `EPOCH_WAIT_MAX`, once a merge, and goes without), and then
 //! the lower layer's blocks are punched.
 
 use std::{
@@ -46,6 +46,8 @@ use crate::{
 pub(super) const BATCH_BLOCKS: u64 = 4096;
 /// A layer of no more than this comes up into a head of any size: 16 MiB.
 const SMALL_BLOCKS: u64 = 4096;
+/// A full disk's steps are no smaller: each has two maps written and every map of the chain read again.
+const STEP_BLOCKS_MIN: u64 = 64;
 /// How long a full disk waits for readers of older indexes.
 const EPOCH_WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -62,6 +64,14 @@ pub(super) enum Room {
     Enough,
     /// What moved is given back after every step.
     Short,
+}
+
+/// Whether a merge still waits for readers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    Whole,
+    /// It waited in vain once, while no life operation could begin; from there on it only looks.
+    Spent,
 }
 
 /// How far a merge got.
@@ -161,10 +171,11 @@ impl Disk {
         let Some(slot) = self.tree().known_slot(candidate.layer) else {
             return Err(Error::Invalid(format!("internal: layer {} is not open", candidate.layer)));
         };
+        let mut patience = Patience::Whole;
         if !is_worth_it(&volume.live()?.view().index, slot) {
             let _life = self.life();
             if volume.record().head == candidate.child && self.is_candidate(candidate) {
-                self.give_back_below_head(volume.live()?, slot)?;
+                self.give_back_below_head(volume.live()?, slot, &mut patience)?;
             }
             return Ok(Progress::Left);
         }
@@ -186,7 +197,7 @@ impl Disk {
             }
             let batch = BlockRange { start: at, count: BlockCount(BATCH_BLOCKS.min(end.0 - at.0)) };
             for blocks in wanted(&executor.view().index, slot, batch) {
-                self.copy_up(executor, blocks, CopySource::Layer(slot), Some(slot))?;
+                self.copy_up(executor, blocks, CopySource::Layer(slot), Some((slot, &mut patience)))?;
             }
             at = batch.end();
         }
@@ -198,12 +209,12 @@ impl Disk {
         executor: &Executor,
         blocks: BlockRange,
         from: CopySource,
-        reclaimed: Option<Slot>,
+        mut reclaimed: Option<(Slot, &mut Patience)>,
     ) -> Result<()> {
         for piece in pieces(blocks, COPY_BLOCKS_MAX) {
-            match (executor.copy_up(piece, from), reclaimed) {
-                (Err(Error::NoSpace { .. }), Some(slot)) => {
-                    self.give_back_below_head(executor, slot)?;
+            match (executor.copy_up(piece, from), &mut reclaimed) {
+                (Err(Error::NoSpace { .. }), Some((slot, patience))) => {
+                    self.give_back_below_head(executor, *slot, patience)?;
                     self.with_reserve(|| executor.copy_up(piece, from))?;
                 }
                 (other, _) => other?,
@@ -213,13 +224,13 @@ impl Disk {
     }
 
     /// Punch the blocks of a frozen layer that its child, a head, hides durably.
-    fn give_back_below_head(&self, executor: &Executor, slot: Slot) -> Result<()> {
+    fn give_back_below_head(&self, executor: &Executor, slot: Slot, patience: &mut Patience) -> Result<()> {
         executor.flush()?;
         let new_epoch = |view: &View| View { index: Arc::new(Index::clone(&view.index)), ..view.clone() };
         executor.republish(new_epoch);
         let view = executor.view();
         let Some(file) = view.layers.get(slot) else { return Ok(()) };
-        if !self.wait_for_readers(&[executor]) {
+        if !self.wait_for_readers(&[executor], &[slot], patience) {
             return Ok(());
         }
         let all = BlockRange { start: Block(0), count: view.index.head.block_count() };
@@ -244,11 +255,12 @@ impl Disk {
         if let Some(fault) = lower.fault.as_ref().or(upper.fault.as_ref()) {
             return Err(Error::Failed { reason: fault.as_str().into() });
         }
-        if data_blocks(&upper.index) < visible_blocks(&lower, &upper) {
+        let all = BlockRange { start: Block(0), count: lower.index.block_count() };
+        if data_blocks(&upper.index) < visible_blocks(&lower, &upper, all) {
             return self.fold(lower, upper, go_on);
         }
         let end = lower.index.block_count().0.min(upper.index.block_count().0);
-        let (mut at, mut room) = (0, self.room());
+        let (mut at, mut room, mut patience) = (0, self.room(), Patience::Whole);
         while at < end {
             if !go_on() {
                 let _life = self.life();
@@ -256,17 +268,20 @@ impl Disk {
                 return Ok(Progress::Stopped);
             }
             let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
-            match (merge_batch(&lower, &upper, batch), room) {
+            let merged = self
+                .check_step(room, visible_blocks(&lower, &upper, batch))
+                .and_then(|()| merge_batch(&lower, &upper, batch));
+            match (merged, room) {
                 (Ok(copied), room) => {
                     at = batch.end().0;
                     if copied && room == Room::Short {
-                        self.give_back_below_frozen(&lower, &mut upper, batch)?;
+                        self.give_back_below_frozen(&lower, &mut upper, batch, &mut patience)?;
                     }
                 }
                 (Err(Error::NoSpace { .. }), Room::Enough) => {
                     room = Room::Short;
                     let all = BlockRange::new(0, end);
-                    self.give_back_below_frozen(&lower, &mut upper, all)?;
+                    self.give_back_below_frozen(&lower, &mut upper, all, &mut patience)?;
                     self.reserve.give_up();
                 }
                 (Err(error), _) => return Err(error),
@@ -295,25 +310,43 @@ impl Disk {
         }
     }
 
-    /// Blocks of one step. On a full disk a part of what is free, so that the maps of the step find room as well.
+    /// Blocks of one step. On a full disk a part of what is free, so that the maps of the step find room as well; at
+    /// least so many that it is worth it, see [`Disk::check_step`].
     pub(super) fn step_blocks(&self, room: Room) -> u64 {
         match room {
             Room::Enough => BATCH_BLOCKS,
             Room::Short => {
                 let free = self.storage.free_bytes().unwrap_or(0);
-                (free / 4 / BLOCK_SIZE).clamp(1, BATCH_BLOCKS)
+                (free / 4 / BLOCK_SIZE).clamp(STEP_BLOCKS_MIN, BATCH_BLOCKS)
             }
         }
     }
 
+    /// Whether a step that copies so many blocks may begin. On a full disk it leaves as much as it takes, for its maps.
+    pub(super) fn check_step(&self, room: Room, copied: u64) -> Result<()> {
+        let wanted = BlockCount(copied).len().0.saturating_mul(2);
+        match room {
+            Room::Short if copied > 0 && self.storage.free_bytes()? < wanted => {
+                Err(Error::NoSpace { path: self.path() })
+            }
+            Room::Short | Room::Enough => Ok(()),
+        }
+    }
+
     /// Let every volume read from `upper` what came up into it, then punch these blocks below where it has them.
-    fn give_back_below_frozen(&self, lower: &Layer, upper: &mut Layer, blocks: BlockRange) -> Result<()> {
+    fn give_back_below_frozen(
+        &self,
+        lower: &Layer,
+        upper: &mut Layer,
+        blocks: BlockRange,
+        patience: &mut Patience,
+    ) -> Result<()> {
         let _life = self.life();
         self.replace_map(upper)?;
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
         let executors: Vec<&Executor> = volumes.iter().filter_map(|volume| volume.executor()).collect();
-        if self.wait_for_readers(&executors) {
+        if self.wait_for_readers(&executors, &self.slots_of([lower, upper]), patience) {
             for (run, _) in upper.index.runs(blocks).filter(|(_, state)| *state != BlockState::Absent) {
                 punch(&*lower.data, run);
             }
@@ -373,25 +406,44 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether nobody follows an older index of these volumes, or a snapshot.
-    pub(super) fn no_readers(&self, executors: &[&Executor]) -> bool {
-        // A volume that only reads follows the index that it was opened with.
-        let frozen_in_time = |volume: &Arc<Volume>| matches!(volume.backend, Backend::ReadOnly { .. });
+    /// Whether nobody follows an older index of these volumes over these layers, or a snapshot that stands
+    /// on them.
+    pub(super) fn no_readers(&self, executors: &[&Executor], layers: &[Slot]) -> bool {
+        // A volume that only reads follows the index that it was opened with; others go on beside it (invariant 12).
+        let frozen_in_time = |volume: &Arc<Volume>| match &volume.backend {
+            Backend::Live(_) => false,
+            Backend::ReadOnly { view, .. } => layers.iter().any(|slot| view.layers.get(*slot).is_some()),
+        };
         if self.tree().volumes.values().any(frozen_in_time) {
             return false;
         }
-        executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views()
+        executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views(layers)
+    }
+
+    /// What indexes call these layers; one that is not open nobody reads.
+    pub(super) fn slots_of(&self, layers: [&Layer; 2]) -> Vec<Slot> {
+        let tree = self.tree();
+        layers.into_iter().filter_map(|layer| tree.known_slot(layer.uuid)).collect()
     }
 
     /// Wait until [`Disk::no_readers`]; `false`: there still are some.
-    pub(super) fn wait_for_readers(&self, executors: &[&Executor]) -> bool {
+    pub(super) fn wait_for_readers(
+        &self,
+        executors: &[&Executor],
+        layers: &[Slot],
+        patience: &mut Patience,
+    ) -> bool {
         let deadline = Instant::now() + EPOCH_WAIT_MAX;
         loop {
-            if self.no_readers(executors) {
+            if self.no_readers(executors, layers) {
                 return true;
+            }
+            if *patience == Patience::Spent {
+                return false;
             }
             if Instant::now() > deadline {
                 tracing::warn!("the disk is full, and a reader still follows what could be given back");
+                *patience = Patience::Spent;
                 return false;
             }
             std::thread::sleep(Duration::from_millis(5));
@@ -407,14 +459,16 @@ fn is_worth_it(index: &Index, slot: Slot) -> bool {
 }
 
 fn data_blocks(index: &HeadIndex) -> u64 {
-    let all = BlockRange { start: Block(0), count: index.block_count() };
-    index.runs(all).filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+    data_blocks_in(index, BlockRange { start: Block(0), count: index.block_count() })
 }
 
-/// Data blocks of `lower` that `upper` does not hide.
-fn visible_blocks(lower: &Layer, upper: &Layer) -> u64 {
-    let all = BlockRange { start: Block(0), count: lower.index.block_count() };
-    let absent = upper.index.runs(all).filter(|(_, state)| *state == BlockState::Absent);
+pub(super) fn data_blocks_in(index: &HeadIndex, blocks: BlockRange) -> u64 {
+    index.runs(blocks).filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+}
+
+/// Data blocks of `lower` in `blocks` that `upper` does not hide.
+fn visible_blocks(lower: &Layer, upper: &Layer, blocks: BlockRange) -> u64 {
+    let absent = upper.index.runs(blocks).filter(|(_, state)| *state == BlockState::Absent);
     let below = absent.flat_map(|(run, _)| lower.index.runs(run));
     below.filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
 }

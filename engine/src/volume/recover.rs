@@ -60,26 +60,33 @@ impl Disk {
         // A head that takes writes is whole, and its files are being written to.
         let whole = open.as_ref().is_some_and(|volume| volume.live().is_ok()).then_some(record.head);
         let uncertain = open.as_ref().and_then(|volume| volume.executor()?.uncertain().cloned());
+        if open
+            .as_ref()
+            .and_then(|volume| volume.executor())
+            .is_some_and(|executor| executor.failed().is_some())
+        {
+            // Also where the failure could not be marked: without the mark nothing else makes the head be read anew.
+            let data = self.storage.open(&data_path(&layer::dir(record.head)), Open::Direct)?;
+            data.drop_cache()?;
+        }
         let mut layers = Vec::new();
         for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
             let log_len = if layer.uuid == record.head { LogLen::LIVE } else { LogLen::Sealed };
-            let mut found = recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?;
-            if let Some(found) = found.as_mut().filter(|_| layer.uuid == record.head) {
-                found
-                    .guessed
-                    .extend(uncertain.iter().flat_map(|blocks| blocks.iter()).map(BlockRange::bytes));
-            }
-            layers.extend(found);
+            layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
             self.tree().forget_indexes(layer.uuid);
         }
+        let is_head = |layer: &RecoveredLayer| layer.layer == record.head;
         if let Some(reason) = open.as_ref().and_then(|volume| volume.live().err())
-            && layers.is_empty()
+            && !layers.iter().any(is_head)
         {
-            layers.push(RecoveredLayer {
-                layer: record.head,
-                reason: reason.to_string(),
-                guessed: Vec::new(),
-            });
+            // Nothing on the disk says so: a switch that may not have happened, or a mark that could not be left.
+            let reason = reason.to_string();
+            layers.push(RecoveredLayer { layer: record.head, reason, guessed: Vec::new() });
+        }
+        if let Some(head) = layers.iter_mut().find(|layer| is_head(layer)) {
+            let volume = ByteRange::new(0, record.size_bytes);
+            let uncertain = uncertain.iter().flat_map(|blocks| blocks.iter());
+            head.guessed.extend(uncertain.filter_map(|blocks| blocks.bytes().intersect(volume)));
         }
         drop(claim);
         let info = match open.filter(|_| whole.is_some()) {
@@ -132,8 +139,9 @@ fn recover_layer(
             Some(reason) => (layer.index, Some(layer.log), layer.lost, reason, layer.data),
         },
         Err(error @ (Error::Corrupt { .. } | Error::Unsupported { .. })) => {
-            // Nothing of the map is left: everything is a guess.
+            // Nothing of the map is left: everything is a guess. It may be marked as well, which was not looked at.
             let data = storage.open(&data_path(&dir), Open::Direct)?;
+            data.drop_cache()?;
             let blocks = BlockCount(size.blocks_ceil().0.max(ByteLen(data.len()?).blocks_ceil().0));
             let lost = vec![BlockRange { start: crate::units::Block(0), count: blocks }];
             (HeadIndex::new(blocks), None, lost, error.to_string(), data)

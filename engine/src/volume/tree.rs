@@ -55,8 +55,8 @@ pub(super) struct Tree {
     slots: HashMap<Uuid, (Slot, Arc<dyn StorageFile>)>,
     next_slot: u32,
     frozen: HashMap<Uuid, Frozen>,
-    /// Indexes that readers of snapshots follow.
-    views: Vec<Weak<Index>>,
+    /// Indexes that readers of snapshots follow, and the layers that these name.
+    views: Vec<(Weak<Index>, Vec<Slot>)>,
 }
 
 impl Tree {
@@ -109,15 +109,15 @@ impl Tree {
         self.frozen.retain(|top, _| tops.contains(top));
     }
 
-    pub fn add_view(&mut self, index: &Arc<Index>) {
-        self.views.retain(|view| view.strong_count() > 0);
-        self.views.push(Arc::downgrade(index));
+    pub fn add_view(&mut self, index: &Arc<Index>, files: &LayerFiles) {
+        self.views.retain(|(view, _)| view.strong_count() > 0);
+        self.views.push((Arc::downgrade(index), files.slots().collect()));
     }
 
-    /// Whether no reader of a snapshot is left.
-    pub fn no_views(&mut self) -> bool {
-        self.views.retain(|view| view.strong_count() > 0);
-        self.views.is_empty()
+    /// Whether no reader of a snapshot is left that finds anything in these layers.
+    pub fn no_views(&mut self, layers: &[Slot]) -> bool {
+        self.views.retain(|(view, _)| view.strong_count() > 0);
+        self.views.iter().all(|(_, slots)| layers.iter().all(|layer| !slots.contains(layer)))
     }
 }
 

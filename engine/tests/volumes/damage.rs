@@ -81,6 +81,42 @@ fn a_damaged_header_fails_the_volume_alone_and_recovery_finds_its_blocks() {
 }
 
 #[test]
+fn what_is_viewed_of_a_damaged_volume_is_not_recovered_and_written_to_beneath_the_view() {
+    let (fixture, _) = written();
+    let map = layer_file(&fixture, "map");
+    let mut bytes = fs::read(&map).expect("a map");
+    bytes[4096 + 50] ^= 1;
+    fs::write(&map, bytes).expect("damaged");
+    let disk = fixture.disk();
+    let view = disk.view("v", None).expect("viewed");
+    assert!(matches!(disk.recover("v"), Err(Error::InUse { .. })));
+    drop(view);
+    disk.recover("v").expect("recovered");
+}
+
+#[test]
+fn a_damaged_volume_does_not_keep_the_layers_of_another_from_being_merged() {
+    let (fixture, _) = written();
+    let map = layer_file(&fixture, "map");
+    let mut bytes = fs::read(&map).expect("a map");
+    bytes[4096 + 50] ^= 1;
+    fs::write(&map, bytes).expect("damaged");
+    let disk = fixture.disk();
+    disk.create_volume("other", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    let other = disk.volume("other").expect("there");
+    other.write_at(&[1; 65536], 0, Durability::Volatile).expect("written");
+    disk.create_snapshot("other", "large").expect("taken");
+    other.write_at(&[2; 4096], 8192, Durability::Volatile).expect("written");
+    disk.create_snapshot("other", "small").expect("taken");
+    let expected = content(&*other);
+    disk.delete_snapshot("other", "large").expect("deleted");
+    disk.reclaim(|| true).expect("reclaimed");
+    assert!(matches!(disk.volume("v").expect("listed").state(), VolumeState::ReadOnly { .. }));
+    assert_eq!(other.info().layer_count, 2, "the small layer went down into the large one");
+    assert_same(&content(&*other), &expected, "after the merge");
+}
+
+#[test]
 fn recovering_a_sound_volume_under_use_changes_nothing() {
     let (fixture, expected) = written();
     let disk = fixture.disk();

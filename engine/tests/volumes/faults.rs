@@ -67,6 +67,38 @@ fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
     assert_eq!(first_byte(&open(&Arc::new(storage.kill()))), 7);
 }
 
+#[test]
+fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked() {
+    let (storage, disk) = disk(65536);
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 8192], 0, Durability::Fua).expect("written");
+    volume.write_at(&[2; 4096], 0, Durability::Volatile).expect("written in place");
+    volume.write_at(&[2; 4096], 12288, Durability::Volatile).expect("written");
+    storage.set_faults(|call| {
+        let fails = (call.kind == CallKind::Sync && call.path.ends_with("/data"))
+            || (call.kind == CallKind::Create && call.path.ends_with("/failed"));
+        fails.then_some(Fault::Error(ErrorKind::Other))
+    });
+    volume.flush().expect_err("the medium fails");
+    storage.clear_faults();
+    let lost = |offset| matches!(volume.read_at(&mut [0; 4096], offset), Err(Error::Lost { .. }));
+    assert_eq!([0, 4096, 8192, 12288].map(lost), [true, false, false, true]);
+    drop(volume);
+    let dropped = Arc::new(AtomicU32::new(0));
+    let seen = dropped.clone();
+    storage.set_faults(move |call| {
+        let is_data = call.kind == CallKind::DropCache && call.path.ends_with("/data");
+        seen.fetch_add(u32::from(is_data), Ordering::Relaxed);
+        None
+    });
+    let recovered = disk.recover("v").expect("recovered");
+    storage.clear_faults();
+    assert_eq!(dropped.load(Ordering::Relaxed), 1, "what is read from now on comes from the medium");
+    let guessed: Vec<ByteRange> = recovered.layers.into_iter().flat_map(|layer| layer.guessed).collect();
+    assert_eq!(guessed, [ByteRange::new(0, 4096), ByteRange::new(12288, 4096)]);
+    disk.volume("v").expect("there").write_at(&[3; 4096], 0, Durability::Fua).expect("it takes writes again");
+}
+
 /// Write the first sector's worth of entries of a record, and `last` into its second sector; of the record only the
 /// sector with this number in the log reaches the medium before the machine dies.
 fn flush_torn(storage: &Arc<MemoryStorage>, disk: &Disk, last: u64, kept: u64) -> Arc<MemoryStorage> {
@@ -207,29 +239,41 @@ fn a_full_disk_flushes_discards_and_deletes_a_snapshot() {
     volume.write_at(&[3; 4096], 0, Durability::Fua).expect("there is room again");
 }
 
-#[test]
-fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_crash_at_any_step_loses_nothing()
-{
+/// A disk of so many bytes with a reserve of 1/64 of them, just under 3 MiB more for volumes, and no room left. Its volume
+/// has a large layer, a smaller one over it of which every third block hides one of the large layer's, and a head.
+fn layered_and_full(bytes: u64) -> (Arc<MemoryStorage>, Arc<Disk>) {
     const BLOCKS: u64 = 1024;
     let storage = Arc::new(MemoryStorage::new(512));
-    storage.limit(3 << 20);
-    let made = open(&storage);
-    made.create_volume("v", Origin::Empty, Some(ByteLen(BLOCKS * 4096))).expect("created");
-    let volume = made.volume("v").expect("there");
+    storage.limit(bytes);
+    let disk = open(&storage);
+    storage
+        .allocate("stray", (bytes - bytes / 64).saturating_sub((3 << 20) - (48 << 10)))
+        .expect("there is room");
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(BLOCKS * 4096))).expect("created");
+    let volume = disk.volume("v").expect("there");
     let write = |block: u64, value: u8| volume.write_at(&[value; 4096], block * 4096, Durability::Volatile);
-    // A large layer, and over it a smaller one of which every third block hides one of the large layer's.
     (0..300).for_each(|n| write(n, 1).expect("there is room"));
-    made.create_snapshot("v", "large").expect("taken");
+    disk.create_snapshot("v", "large").expect("taken");
     (0..150).for_each(|n| write(if n % 3 == 0 { n } else { 400 + n * 2 }, 2).expect("there is room"));
     volume.discard(ByteRange::new(200 * 4096, 5 * 4096)).expect("discarded");
-    made.create_snapshot("v", "small").expect("taken");
+    disk.create_snapshot("v", "small").expect("taken");
     let full = (700..BLOCKS).find_map(|n| write(n, 3).err());
     assert!(matches!(full, Some(Error::NoSpace { .. })), "{full:?}");
     volume.flush().expect("a full disk flushes");
-    let contents = |disk: &Disk| {
-        let volume = disk.volume("v").expect("there");
-        [content(&*volume), content(&disk.view("v", Some("small")).expect("viewed"))]
-    };
+    drop(volume);
+    (storage, disk)
+}
+
+/// What the volume and its snapshot of [`layered_and_full`] read as.
+fn contents(disk: &Disk) -> [Vec<u8>; 2] {
+    let volume = disk.volume("v").expect("there");
+    [content(&*volume), content(&disk.view("v", Some("small")).expect("viewed"))]
+}
+
+#[test]
+fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_crash_at_any_step_loses_nothing()
+{
+    let (storage, made) = layered_and_full(32 << 20);
     let expected = contents(&made);
     made.delete_snapshot("v", "large").expect("deleted");
     let before = used(&storage);
@@ -238,7 +282,7 @@ fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_cra
     let cuts = storage.take_cuts();
     let given_back = before - used(&storage);
     assert!(given_back >= (50 + 5) * 4096, "only {given_back} bytes");
-    assert_eq!(volume.info().layer_count, 2);
+    assert_eq!(made.volume("v").expect("there").info().layer_count, 2);
     assert!(contents(&made) == expected);
     let punched = cuts.len();
     for (n, cut) in cuts.into_iter().enumerate().filter(|(n, _)| n % 5 == 0 || n + 1 == punched) {
@@ -253,6 +297,43 @@ fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_cra
             }
         }
     }
+}
+
+#[test]
+fn a_disk_with_no_room_for_a_step_worth_its_maps_refuses_to_merge_and_does_so_once_there_is_room() {
+    // The reserve is all that there is, and a step of a few blocks would fit into it.
+    let (storage, disk) = layered_and_full(3 << 20);
+    let expected = contents(&disk);
+    disk.delete_snapshot("v", "large").expect("deleted");
+    assert!(matches!(disk.reclaim(|| true), Err(Error::NoSpace { .. })));
+    assert!(contents(&disk) == expected);
+    storage.limit(8 << 20);
+    disk.reclaim(|| true).expect("there is room");
+    assert_eq!(disk.volume("v").expect("there").info().layer_count, 2);
+    assert!(contents(&disk) == expected);
+}
+
+#[test]
+fn a_layer_goes_down_into_a_larger_one_beside_a_view_of_another_volume_but_not_beneath_one_of_its_own() {
+    let (_, disk) = disk(1 << 20);
+    let volume = disk.volume("v").expect("there");
+    volume.write_at(&[1; 64 * 4096], 0, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "large").expect("taken");
+    volume.write_at(&[2; 4096], 4096, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "small").expect("taken");
+    disk.create_volume("w", Origin::Empty, Some(ByteLen(65536))).expect("created");
+    disk.volume("w").expect("there").write_at(&[3; 4096], 0, Durability::Fua).expect("written");
+    let other = disk.view("w", None).expect("viewed");
+    let own = disk.view("v", Some("large")).expect("viewed");
+    let expected = [content(&*volume), content(&own), content(&other)];
+    disk.delete_snapshot("v", "large").expect("deleted");
+    disk.reclaim(|| true).expect("reclaimed");
+    assert_eq!(volume.info().layer_count, 3);
+    assert!([content(&*volume), content(&own), content(&other)] == expected);
+    drop(own);
+    disk.reclaim(|| true).expect("reclaimed");
+    assert_eq!(volume.info().layer_count, 2);
+    assert!(content(&*volume) == expected[0] && content(&other) == expected[2]);
 }
 
 #[test]

@@ -144,6 +144,17 @@ fn a_view_of_a_live_volume_stays_as_it_was_while_the_volume_goes_on() {
 }
 
 #[test]
+fn a_view_that_cannot_be_had_leaves_no_snapshot_behind() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    let image = fixture.image(&[7; 8192]);
+    disk.create_volume("v", Origin::Image(image.clone()), None).expect("created");
+    std::fs::remove_file(fixture.path().join(image.uuid.to_string())).expect("the image goes");
+    disk.view("v", None).expect_err("nothing tells what the image held");
+    assert!(disk.volume("v").expect("there").record().snapshots.is_empty());
+}
+
+#[test]
 fn exporting_a_large_live_volume_again_and_again_copies_none_of_it() {
     let size = 96 << 20;
     let fixture = Fixture::new();

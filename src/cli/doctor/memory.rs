@@ -10,16 +10,33 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Check, size};
+use super::{Check, capabilities, size};
 
 /// Where control groups are mounted: version 2 itself, version 1 with a directory for each controller.
 const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// CAP_SYS_RESOURCE (linux/capability.h).
+const RESOURCE_BIT: u32 = 24;
 
 /// The check, for the running node's process or, without one, for one started from here.
 pub(super) fn check(node: Option<u32>) -> Check {
     let process = node.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
     let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap_or_default();
-    judge(bedplate_fuse::try_io_flusher(), limit(&groups, Path::new(CGROUPS)))
+    let flusher = match node {
+        // This check may run with other privileges than the node.
+        Some(pid) => fs::read_to_string(format!("/proc/{pid}/status")).and_then(|status| allowed(&status)),
+        None => bedplate_fuse::try_io_flusher(),
+    };
+    judge(flusher, limit(&groups, Path::new(CGROUPS)))
+}
+
+/// Whether the process of this /proc/PID/status may become an IO_FLUSHER.
+fn allowed(status: &str) -> io::Result<()> {
+    match capabilities(status) {
+        Some(bits) if bits >> RESOURCE_BIT & 1 == 1 => Ok(()),
+        Some(_) => Err(io::Error::other("the node has no CAP_SYS_RESOURCE")),
+        None => Err(io::Error::other("the node's capabilities are unknown")),
+    }
 }
 
 fn judge(flusher: io::Result<()>, limit: Option<Limit>) -> Check {
@@ -101,6 +118,14 @@ mod tests {
         for nonsense in ["", "\n", "1", "a:b", "2:memory:"] {
             assert_eq!(limit(nonsense, root), None, "{nonsense}");
         }
+    }
+
+    #[test]
+    fn a_running_node_is_judged_by_its_own_capabilities() {
+        assert!(allowed("Name:\tbedplate\nCapEff:\t000001ffffffffff\n").is_ok());
+        assert!(allowed("CapPrm:\t000001ffffffffff\nCapEff:\t000001fffeffffff\n").is_err());
+        assert!(allowed("CapEff:\tnonsense\n").is_err());
+        assert!(allowed("").is_err());
     }
 
     #[test]

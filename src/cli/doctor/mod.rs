@@ -179,8 +179,7 @@ fn privileges() -> Check {
     /// CAP_SYS_ADMIN (linux/capability.h).
     const MOUNT_BIT: u32 = 21;
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    match effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()) {
+    match capabilities(&status) {
         Some(bits) if bits >> MOUNT_BIT & 1 == 1 => Check::ok(NAME, "may mount"),
         Some(_) => Check::fail(
             NAME,
@@ -189,6 +188,12 @@ fn privileges() -> Check {
         ),
         None => Check::warn(NAME, "unknown", "mount /proc"),
     }
+}
+
+/// The effective ones, in a /proc/PID/status.
+fn capabilities(status: &str) -> Option<u64> {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(effective.trim(), 16).ok()
 }
 
 /// Settings that can be served, and yet may not do what was meant.
