@@ -132,8 +132,8 @@ fn hold(dir: &Path) -> io::Result<OwnedFd> {
 
 /// Nothing but an empty directory or one with a socket of ours goes.
 fn clear(held: BorrowedFd<'_>, dir: &Path) {
-    drop(unlinkat(held, NURSERY_NAME, UnlinkatFlags::NoRemoveDir));
-    drop(fs::remove_dir(dir));
+    let _ = unlinkat(held, NURSERY_NAME, UnlinkatFlags::NoRemoveDir);
+    let _ = fs::remove_dir(dir);
 }
 
 #[cfg(test)]
