@@ -7,12 +7,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{Args, ValueEnum};
+use bedplate_inspect::{
+    source::FormatName,
+    written::{Compress, WrittenArgs},
+};
+use clap::Args;
 
 use super::{
     VolumeAt,
     exit::Failure,
-    output, size,
+    output,
     wait::{self, TimeoutArgs},
 };
 use crate::api::{
@@ -26,47 +30,10 @@ pub struct ExportArgs {
     /// The file to write, `-` for stdout
     #[arg(value_name = "OUT")]
     out: PathBuf,
-    /// Format of the file
-    #[arg(long, value_enum, default_value_t)]
-    format: ExportFormat,
-    /// Compress the clusters of a qcow2 file
-    #[arg(long, value_enum)]
-    compress: Option<Compress>,
-    /// Bytes of a cluster of a qcow2 file: a power of two from 512 to 2M [default: 64K]
-    #[arg(long, value_name = "SIZE", value_parser = size::parse_bytes)]
-    cluster_size: Option<u64>,
-    /// Print the SHA-512 of the file, of what a guest reads from it, or of both
-    #[arg(long, value_enum, value_name = "OF")]
-    digest: Option<DigestOf>,
-    /// Replace a file that exists
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    written: WrittenArgs,
     #[command(flatten)]
     timeout: TimeoutArgs,
-}
-
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum ExportFormat {
-    /// The bytes as they are; holes stay holes
-    #[default]
-    Raw,
-    /// Clusters of zeros take no space; see --compress
-    Qcow2,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Compress {
-    /// Readable by every QEMU
-    Zlib,
-    /// Faster and smaller; QEMU 5.1 and later
-    Zstd,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum DigestOf {
-    File,
-    Guest,
-    Both,
 }
 
 /// What is exported.
@@ -76,16 +43,12 @@ pub enum Origin {
 }
 
 pub async fn run(origin: Origin, args: ExportArgs, client: &Client) -> Result<(), Failure> {
-    let format = match args.format {
-        ExportFormat::Raw => Format::Raw,
-        ExportFormat::Qcow2 => Format::Qcow2,
-    };
+    let written = &args.written;
     if args.out == Path::new("-") {
-        if args.compress.is_some() || args.cluster_size.is_some() || args.digest.is_some() {
-            let message = "--compress, --cluster-size and --digest are for files; stdout gets the raw bytes";
-            return Err(Failure::Usage(message.to_owned()));
-        }
-        return to_stdout(origin, format, client).await;
+        return match written.unfit_for_stdout() {
+            Some(text) => Err(Failure::Usage(text.to_owned())),
+            None => to_stdout(origin, client).await,
+        };
     }
     let path = std::path::absolute(&args.out)
         .map_err(|source| Failure::Io { what: args.out.display().to_string(), source })?;
@@ -95,15 +58,18 @@ pub async fn run(origin: Origin, args: ExportArgs, client: &Client) -> Result<()
     let mut request = Export {
         path,
         snapshot: None,
-        format,
-        compress: args.compress.map(|compress| match compress {
+        format: match written.format {
+            FormatName::Raw => Format::Raw,
+            FormatName::Qcow2 => Format::Qcow2,
+        },
+        compress: written.compress.map(|compress| match compress {
             Compress::Zlib => Compression::Zlib,
             Compress::Zstd => Compression::Zstd,
         }),
-        cluster_size_bytes: args.cluster_size,
-        digest_file: matches!(args.digest, Some(DigestOf::File | DigestOf::Both)),
-        digest_guest: matches!(args.digest, Some(DigestOf::Guest | DigestOf::Both)),
-        existing: if args.force { Existing::Replace } else { Existing::Refuse },
+        cluster_size_bytes: written.cluster_size,
+        digest_file: written.wants_digest_of_file(),
+        digest_guest: written.wants_digest_of_guest(),
+        existing: if written.force { Existing::Replace } else { Existing::Refuse },
     };
     let job = match origin {
         Origin::Image(name) => client.export_image(&name, &request).await?,
@@ -123,13 +89,7 @@ pub async fn run(origin: Origin, args: ExportArgs, client: &Client) -> Result<()
     Ok(())
 }
 
-async fn to_stdout(origin: Origin, format: Format, client: &Client) -> Result<(), Failure> {
-    match format {
-        Format::Raw => {}
-        Format::Qcow2 => {
-            return Err(Failure::Usage("qcow2 cannot be written to stdout; use --format raw".to_owned()));
-        }
-    }
+async fn to_stdout(origin: Origin, client: &Client) -> Result<(), Failure> {
     if io::stdout().is_terminal() {
         return Err(Failure::Usage("a terminal is no place for a disk's bytes; redirect stdout".to_owned()));
     }

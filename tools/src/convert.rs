@@ -19,16 +19,17 @@ use bedplate_engine::{
     },
     units::{ByteRange, to_usize},
 };
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha512};
 
 use crate::{
     failure::{Failure, Result},
-    print, size,
+    print,
     source::{self, FormatName, OpenArgs},
     stack::{Kind, Stack},
     verify::digest,
+    written::{Compress, WrittenArgs},
 };
 
 /// Bytes that are written to stdout, or hashed of zeros, at once.
@@ -50,36 +51,8 @@ pub struct ConvertArgs {
     out: PathBuf,
     #[command(flatten)]
     open: OpenArgs,
-    /// Format of the new file
-    #[arg(long, value_enum, default_value = "raw")]
-    format: FormatName,
-    /// Compress the clusters of a qcow2 file
-    #[arg(long, value_enum)]
-    compress: Option<Compress>,
-    /// Bytes of a cluster of a qcow2 file: a power of two from 512 to 2M [default: 64K]
-    #[arg(long, value_name = "SIZE", value_parser = size::parse_bytes)]
-    cluster_size: Option<u64>,
-    /// Print the SHA-512 of the file, of what a guest reads from it, or of both
-    #[arg(long, value_enum, value_name = "OF")]
-    digest: Option<DigestOf>,
-    /// Replace a file that exists
-    #[arg(long)]
-    force: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Compress {
-    /// Readable by every QEMU
-    Zlib,
-    /// Faster and smaller; QEMU 5.1 and later
-    Zstd,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum DigestOf {
-    File,
-    Guest,
-    Both,
+    #[command(flatten)]
+    written: WrittenArgs,
 }
 
 pub fn run(args: &ConvertArgs) -> Result<u8> {
@@ -89,27 +62,28 @@ pub fn run(args: &ConvertArgs) -> Result<u8> {
         to_stdout(&stack, args)?;
         return Ok(0);
     }
-    let format = match args.format {
-        FormatName::Raw if args.compress.is_some() || args.cluster_size.is_some() => {
+    let written = &args.written;
+    let format = match written.format {
+        FormatName::Raw if written.compress.is_some() || written.cluster_size.is_some() => {
             let text = "--compress and --cluster-size are for --format qcow2";
             return Err(Failure::Usage(text.to_owned()));
         }
         FormatName::Raw => Format::Raw,
         FormatName::Qcow2 => Format::Qcow2(Options {
-            cluster: args.cluster_size.map(ClusterSize::new).transpose()?.unwrap_or_default(),
-            compression: args.compress.map(|compress| match compress {
+            cluster: written.cluster_size.map(ClusterSize::new).transpose()?.unwrap_or_default(),
+            compression: written.compress.map(|compress| match compress {
                 Compress::Zlib => Compression::Zlib,
                 Compress::Zstd => Compression::Zstd,
             }),
         }),
     };
     refuse_damage(&stack)?;
-    let existing = if args.force { Existing::Replace } else { Existing::Refuse };
-    let hash = matches!(args.digest, Some(DigestOf::Guest | DigestOf::Both)).then(Sha512::new);
+    let existing = if written.force { Existing::Replace } else { Existing::Refuse };
+    let hash = written.wants_digest_of_guest().then(Sha512::new);
     let mut watch = Watch { bar: print::progress("converting", stack.size()), hash };
     to_file(&stack, &args.out, existing, format, &mut watch)?;
     watch.bar.finish_and_clear();
-    if matches!(args.digest, Some(DigestOf::File | DigestOf::Both)) {
+    if written.wants_digest_of_file() {
         print::line(&format!("file sha512:{}", digest::<Sha512>(&args.out)?))?;
     }
     if let Some(hash) = watch.hash {
@@ -169,9 +143,7 @@ fn zeros<E>(len: u64, mut take: impl FnMut(&[u8]) -> Result<(), E>) -> Result<()
 }
 
 fn to_stdout(stack: &Stack, args: &ConvertArgs) -> Result<()> {
-    let formatted = args.format != FormatName::Raw || args.compress.is_some() || args.cluster_size.is_some();
-    if formatted || args.digest.is_some() {
-        let text = "--format qcow2, --compress, --cluster-size and --digest are for files; stdout gets the raw bytes";
+    if let Some(text) = args.written.unfit_for_stdout() {
         return Err(Failure::Usage(text.to_owned()));
     }
     if io::stdout().is_terminal() {

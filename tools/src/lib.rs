@@ -32,6 +32,7 @@ mod tables;
 mod verify;
 mod volume;
 mod volume_report;
+pub mod written;
 
 use clap::Subcommand;
 
