@@ -11,7 +11,7 @@ use std::{
 
 use bedplate_engine::{
     error::{Error, Result as EngineResult},
-    image::{Format, chain::AllowedDirectory, qcow2::View},
+    image::{Format, qcow2::View, references::AllowedDirectory},
     units::ByteRange,
 };
 use clap::Args;

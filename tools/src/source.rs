@@ -14,8 +14,8 @@ use bedplate_engine::{
     error::{Error, Result},
     image::{
         Format, PROBE_LEN,
-        chain::{AllowedDirectory, CHAIN_DEPTH_MAX},
         qcow2::{Qcow2Layer, Source, View, header::Header},
+        references::{AllowedDirectory, CHAIN_DEPTH_MAX},
     },
 };
 use clap::{Args, ValueEnum};
@@ -121,8 +121,8 @@ pub fn probe(file: &File, path: &Path) -> Result<Format> {
     Ok(Format::of(start.get(..filled).unwrap_or_default()))
 }
 
-/// A file and those below it, as far as they may be opened. Unlike the engine's chain it stands also where the rest of it
-/// may not be opened, and tells the holes of raw files.
+/// A file and those below it, as far as they may be opened: it stands also where the rest of it may not be. At most
+/// [`CHAIN_DEPTH_MAX`] files, and none of them, external data files included, takes part twice.
 pub struct Chain {
     /// Top first.
     pub links: Vec<Link>,
@@ -162,16 +162,12 @@ impl Chain {
         allowed: Option<&AllowedDirectory>,
     ) -> Result<Chain> {
         let mut chain = Chain { links: Vec::new(), floor: Floor::Zeros };
-        let mut seen = HashSet::new();
+        let mut seen = Seen::default();
         let mut next = Some((file, path.to_owned(), format));
         while let Some((file, path, format)) = next.take() {
-            let meta = file.metadata().map_err(|e| Error::io("stat", &path, e))?;
-            if !seen.insert((meta.dev(), meta.ino())) {
-                let what = "a chain of backing files that comes back to this one".to_owned();
-                return Err(Error::Unsupported { path, what });
-            }
+            seen.meet(&file, &path)?;
             if chain.links.len() == CHAIN_DEPTH_MAX {
-                let what = format!("a chain of more than {CHAIN_DEPTH_MAX} backing files");
+                let what = format!("a chain of more than {CHAIN_DEPTH_MAX} files (CHAIN_DEPTH_MAX)");
                 return Err(Error::Unsupported { path, what });
             }
             let view = if chain.links.is_empty() { view.clone() } else { View::Active };
@@ -185,7 +181,7 @@ impl Chain {
                 }
                 Format::Qcow2 => {
                     let mut layer = Qcow2Layer::open(file, &path, &view)?;
-                    attach_data_file(&mut layer, &path, allowed)?;
+                    attach_data_file(&mut layer, &path, allowed, &mut seen)?;
                     next = chain.below(layer.header(), &path, allowed)?;
                     chain.links.push(Link::Qcow2 { layer: Box::new(layer), path });
                 }
@@ -232,12 +228,34 @@ impl Chain {
     }
 }
 
+/// The files of a chain so far, by device and inode.
+#[derive(Default)]
+struct Seen(HashSet<(u64, u64)>);
+
+impl Seen {
+    /// Take a file in, which must be new.
+    fn meet(&mut self, file: &File, path: &Path) -> Result<()> {
+        let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
+        if self.0.insert((meta.dev(), meta.ino())) {
+            return Ok(());
+        }
+        let what = "a chain of files that comes back to one that it has already".to_owned();
+        Err(Error::Unsupported { path: path.to_owned(), what })
+    }
+}
+
 /// Open the file that holds the clusters, if the header names one and it may be opened; else reading them is refused.
-fn attach_data_file(layer: &mut Qcow2Layer, path: &Path, allowed: Option<&AllowedDirectory>) -> Result<()> {
+fn attach_data_file(
+    layer: &mut Qcow2Layer,
+    path: &Path,
+    allowed: Option<&AllowedDirectory>,
+    seen: &mut Seen,
+) -> Result<()> {
     let name = layer.header().data_file.as_ref().and_then(|data_file| data_file.name.clone());
     if let (Some(name), Some(allowed)) = (name, allowed) {
         let (file, data_path) = reference(allowed, path, &name)?;
         check_kind(&file, &data_path)?;
+        seen.meet(&file, &data_path)?;
         layer.attach_data_file(Source::new(file, &data_path)?);
     }
     Ok(())

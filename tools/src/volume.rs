@@ -18,8 +18,8 @@ use bedplate_engine::{
     exec::storage::{StorageFile, file::FileStorage},
     image::{
         Format,
-        chain::AllowedDirectory,
         qcow2::{Place, Segment, View},
+        references::AllowedDirectory,
     },
     units::{BlockRange, ByteOffset, ByteRange},
     volume::{

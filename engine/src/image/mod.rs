@@ -3,10 +3,10 @@
 //! Owns [`BaseImage`], the boundary between image formats and copy-on-write: immutable bytes of a known length, read
 //! from any thread without a lock. The formats are [`raw`] and [`qcow2`]; [`Format::of`] tells them by their magic.
 
-pub mod chain;
 pub mod device;
 pub mod qcow2;
 pub mod raw;
+pub mod references;
 
 use std::{fmt, fs::File, path::Path, sync::Arc};
 

@@ -5,7 +5,6 @@
 
 #![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
 
-mod chains;
 mod hostile;
 mod images;
 mod memory;

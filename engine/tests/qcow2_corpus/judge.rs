@@ -1,101 +1,48 @@
-//! Holds our reader against a corpus of qcow2 images, entry by entry.
+//! Holds the engine's reader of qcow2 against a corpus of images, entry by entry.
 //!
-//! Owns what each expectation of the manifest means. A difference is a sentence for a person; all entries are judged,
-//! whatever the first ones say. A panic or an entry that takes longer than [`ENTRY_TIME_MAX`] is a difference too.
+//! Owns what each expectation of the manifest means for a base, which is one file: what names another is refused. What
+//! such images read together with the files that they name is judged where chains are opened, in `bedplate-inspect`'s
+//! test `corpus`.
 
-use std::{
-    panic::{self, AssertUnwindSafe},
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-        mpsc,
-    },
-    thread,
-    time::Duration,
-};
+use std::path::Path;
 
 use bedplate_engine::{
-    device::ExtentKind,
     error::Error,
     image::{
         BaseImage,
-        chain::Chain,
-        qcow2::{Qcow2Image, Qcow2Layer, View},
+        qcow2::{Qcow2Image, View},
     },
     units::ByteRange,
 };
-use sha2::{Digest, Sha512};
 
 use super::{
-    manifest::{
-        Class, Content, DataExtent, Entry, Expectation, FoundBy, List, Loss, Manifest, Refusal, Same,
-    },
-    peers,
+    manifest::{Class, Content, Entry, Expectation, FoundBy, List, Loss, Refusal, Same},
+    peers, sound,
     subject::{self, Subject},
+    verdict::{self, Verdict, equal, says, sha512},
 };
 
-/// A reader that needs longer for one small image hangs. Generous: the machine may be busy.
-pub const ENTRY_TIME_MAX: Duration = Duration::from_secs(60);
-const WORKERS: usize = 2;
 /// Reads of a damaged image: small enough to meet the border of what is lost.
 const SECTOR_LEN: u64 = 512;
 
-type Verdict = Result<(), String>;
-
 /// Judge every image of the corpus in `directory`. Returns how many there were and what was not as it should be.
 pub fn corpus(directory: &Path) -> Result<(usize, Vec<String>), String> {
-    let entries = Arc::new(Manifest::load(directory)?.entries);
-    let next = Arc::new(AtomicUsize::new(0));
-    let (send, receive) = mpsc::channel();
-    for _ in 0..WORKERS {
-        let (entries, next, send) = (entries.clone(), next.clone(), send.clone());
-        let directory = directory.to_owned();
-        thread::spawn(move || {
-            while let Some(entry) = entries.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let judged = panic::catch_unwind(AssertUnwindSafe(|| judge(&directory, entry)));
-                let verdict = judged.unwrap_or_else(|_| Err("it panicked".into()));
-                if send.send((entry.name.clone(), verdict)).is_err() {
-                    return;
-                }
-            }
-        });
-    }
-    drop(send);
-    let mut differences = Vec::new();
-    let mut missing: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
-    while !missing.is_empty() {
-        match receive.recv_timeout(ENTRY_TIME_MAX) {
-            Ok((name, verdict)) => {
-                missing.retain(|other| *other != name);
-                if let Err(said) = verdict {
-                    differences.push(format!("{name}: {said}"));
-                }
-            }
-            Err(_) => {
-                let late = &missing[..missing.len().min(WORKERS)];
-                differences.push(format!("nothing more within {ENTRY_TIME_MAX:?}; in work are {late:?}"));
-                break;
-            }
-        }
-    }
-    Ok((entries.len(), differences))
+    verdict::corpus(directory, |_| true, judge)
 }
 
 fn judge(corpus: &Path, entry: &Entry) -> Verdict {
     let file = &entry.file;
     match &entry.expect {
-        Expectation::Same(same) if same.references => {
-            refuses_references(corpus, file)?;
-            is_same::<Chain>(corpus, file, same)
-        }
         Expectation::Same(same) => {
-            is_same::<Qcow2Image>(corpus, file, same)?;
-            is_same::<Chain>(corpus, file, same)
+            match same.references {
+                true => refuses_references(corpus, file).map(drop)?,
+                false => sound::is_same::<Qcow2Image>(corpus, file, same)?,
+            }
+            peers_agree(corpus, file, same)
         }
         Expectation::Refused(refusal) => is_refused(corpus, file, refusal),
         Expectation::Lost(loss) => loses(corpus, file, loss),
-        Expectation::Reference { naming } => is_reference(corpus, file, naming),
+        Expectation::Reference { naming } => says(&refuses_references(corpus, file)?, naming),
         Expectation::Unlisted { what, otherwise } => {
             let image = reads_as(corpus, file, otherwise)?;
             is_unlisted(corpus, file, &image, *what)
@@ -112,84 +59,12 @@ fn refuses_references(corpus: &Path, file: &Path) -> Result<Error, String> {
     }
 }
 
-/// Names a file that is not opened, as a base or in a chain.
-fn is_reference(corpus: &Path, file: &Path, naming: &str) -> Verdict {
-    says(&refuses_references(corpus, file)?, naming)?;
-    match Chain::open_in(corpus, file, &View::Active) {
-        Ok(_) => Err("the file that it names is opened".into()),
-        Err(Error::Unsupported { .. }) => Ok(()),
-        Err(error) if error.is_not_found() => Ok(()),
-        Err(other) => Err(format!("the file that it names should be refused, but: {other}")),
-    }
-}
-
-fn is_same<I: Subject>(corpus: &Path, file: &Path, same: &Same) -> Verdict {
-    let image = I::open_in(corpus, file, &View::Active).map_err(|e| e.to_string())?;
-    let layer = layer(&image)?;
-    layer.verify_tables().map_err(|e| format!("verifying: {e}"))?;
-    equal("size", image.len().0, same.size)?;
-    equal("dirty", layer.header().is_dirty(), same.dirty)?;
-    equal("marked corrupt", layer.header().is_marked_corrupt(), same.corrupt)?;
-    if let Some(expected) = same.data_bytes {
-        let extents = subject::extents(&image)?;
-        let data = extents.iter().filter(|(_, kind)| *kind == ExtentKind::Data);
-        equal("bytes of data extents", data.map(|(range, _)| range.len.0).sum(), expected)?;
-    }
-    match &same.content {
-        Content::Sha512(expected) => {
-            let content = subject::content(&image)?;
-            equal("content", &sha512(&content), expected)?;
-            for peer in &same.peers {
-                let theirs = peers::read(*peer, &corpus.join(file)).map_err(|e| format!("{peer:?}: {e}"))?;
-                if let Some(at) = subject::first_difference(&content, &theirs) {
-                    return Err(format!("{peer:?} reads otherwise at {at}"));
-                }
-            }
-        }
-        Content::Extents(expected) => holds_extents(&image, expected)?,
-    }
-    holds_snapshots::<I>(corpus, file, layer, same)?;
-    equal("bitmaps", subject::bitmaps(layer).map_err(|e| e.to_string())?, same.bitmaps.clone())
-}
-
-fn layer(image: &impl Subject) -> Result<&Qcow2Layer, String> {
-    image.layer().ok_or_else(|| "it is not qcow2".into())
-}
-
-/// A disk too large to read as a whole: zeros but for what is expected.
-fn holds_extents(image: &dyn BaseImage, expected: &[DataExtent]) -> Verdict {
-    for extent in expected {
-        let mut bytes = vec![0xa5; usize::try_from(extent.len).map_err(|e| e.to_string())?];
-        image.read_at(&mut bytes, extent.start).map_err(|e| e.to_string())?;
-        equal(&format!("content from {} on", extent.start), &sha512(&bytes), &extent.sha512)?;
-    }
-    for (range, kind) in subject::extents(image)? {
-        if kind == ExtentKind::Zero {
-            continue;
-        }
-        let mut uncovered = range.len.0;
-        for extent in expected {
-            let overlap = ByteRange::new(extent.start, extent.len).intersect(range);
-            uncovered -= overlap.map_or(0, |overlap| overlap.len.0);
-        }
-        equal(&format!("bytes of data in {range} that should be zeros"), uncovered, 0)?;
-    }
-    Ok(())
-}
-
-fn holds_snapshots<I: Subject>(corpus: &Path, file: &Path, active: &Qcow2Layer, same: &Same) -> Verdict {
-    let listed = subject::snapshots(active).map_err(|e| format!("listing snapshots: {e}"))?;
-    let expected: Vec<_> = same.snapshots.iter().map(|s| (s.id.clone(), s.name.clone())).collect();
-    equal("snapshots", listed, expected)?;
-    for snapshot in &same.snapshots {
-        for wanted in [&snapshot.id, &snapshot.name] {
-            let said = |e: &dyn std::fmt::Display| format!("snapshot {wanted:?}: {e}");
-            let image = I::open_in(corpus, file, &View::Snapshot(wanted.clone())).map_err(|e| said(&e))?;
-            layer(&image)?.verify_tables().map_err(|e| said(&e))?;
-            equal(&format!("size of snapshot {wanted:?}"), image.len().0, snapshot.size)?;
-            let content = subject::content(&image).map_err(|e| said(&e))?;
-            equal(&format!("content of snapshot {wanted:?}"), &sha512(&content), &snapshot.sha512)?;
-        }
+/// The other readers that have a say read what it should hold; they follow references by themselves.
+fn peers_agree(corpus: &Path, file: &Path, same: &Same) -> Verdict {
+    let Content::Sha512(expected) = &same.content else { return Ok(()) };
+    for peer in &same.peers {
+        let theirs = peers::read(*peer, &corpus.join(file)).map_err(|e| format!("{peer:?}: {e}"))?;
+        equal(&format!("content as {peer:?} reads it"), &sha512(&theirs), expected)?;
     }
     Ok(())
 }
@@ -295,20 +170,4 @@ fn must_fail(opened: Result<Qcow2Image, Error>) -> Result<Error, String> {
             Err(error) => format!("it opens; only its tables are refused: {error}"),
         }),
     }
-}
-
-fn says(error: &Error, naming: &str) -> Verdict {
-    let plain = |text: &str| text.to_lowercase().replace('_', " ");
-    if plain(&error.to_string()).contains(&plain(naming)) {
-        return Ok(());
-    }
-    Err(format!("the message should name {naming:?}, but: {error}"))
-}
-
-fn equal<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Verdict {
-    if found == expected { Ok(()) } else { Err(format!("{what} is {found:?}, not {expected:?}")) }
-}
-
-fn sha512(bytes: &[u8]) -> String {
-    Sha512::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -10,7 +10,9 @@
 mod judge;
 mod manifest;
 mod peers;
+mod sound;
 mod subject;
+mod verdict;
 
 use std::{
     path::{Path, PathBuf},

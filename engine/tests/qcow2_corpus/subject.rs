@@ -1,7 +1,7 @@
 //! The reader under judgement, with the questions that the corpus asks of it.
 //!
 //! Owns how an image is opened and how all of it is read: in pieces of several sizes that must agree, and beside the
-//! extents, which must not call bytes zero that are not. What the answers should be is in `judge.rs`.
+//! extents, which must not call bytes zero that are not. What the answers should be is in `sound.rs` and `judge.rs`.
 
 use std::{fs::File, path::Path};
 
@@ -9,8 +9,7 @@ use bedplate_engine::{
     device::ExtentKind,
     error::{Error, Result},
     image::{
-        BaseImage, Format,
-        chain::{AllowedDirectory, Chain, Content as LayerContent},
+        BaseImage,
         qcow2::{Qcow2Image, Qcow2Layer, View},
     },
     units::ByteRange,
@@ -27,38 +26,19 @@ pub trait Subject: BaseImage + Sized {
     fn open_in(corpus: &Path, file: &Path, view: &View) -> Result<Self>;
 
     /// The image's own file.
-    fn layer(&self) -> Option<&Qcow2Layer>;
+    fn layer(&self) -> &Qcow2Layer;
 }
 
 impl Subject for Qcow2Image {
     fn open_in(corpus: &Path, file: &Path, view: &View) -> Result<Self> {
         let path = corpus.join(file);
-        Qcow2Image::open(open_file(&path)?, &path, view)
+        let opened = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
+        Qcow2Image::open(opened, &path, view)
     }
 
-    fn layer(&self) -> Option<&Qcow2Layer> {
-        Some(self.layer())
+    fn layer(&self) -> &Qcow2Layer {
+        self.layer()
     }
-}
-
-/// With what it names, beneath the corpus's directory.
-impl Subject for Chain {
-    fn open_in(corpus: &Path, file: &Path, view: &View) -> Result<Self> {
-        let path = corpus.join(file);
-        let allowed = AllowedDirectory::open(corpus)?;
-        Chain::open(open_file(&path)?, &path, Format::Qcow2, view, Some(&allowed))
-    }
-
-    fn layer(&self) -> Option<&Qcow2Layer> {
-        match &self.layers().first()?.content {
-            LayerContent::Qcow2(layer) => Some(layer),
-            LayerContent::Raw(_) => None,
-        }
-    }
-}
-
-fn open_file(path: &Path) -> Result<File> {
-    File::open(path).map_err(|e| Error::io("open", path, e))
 }
 
 /// All extents, which must cover the image without a gap: (range, kind).

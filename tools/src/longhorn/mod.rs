@@ -17,7 +17,7 @@ use std::{
 
 use bedplate_engine::{
     error::{Corruption, Error, Result},
-    image::{chain::CHAIN_DEPTH_MAX, qcow2::View},
+    image::{qcow2::View, references::CHAIN_DEPTH_MAX},
     units::{ByteOffset, VOLUME_SIZE_MAX},
 };
 use rustix::fs::{Mode, OFlags};

@@ -1,5 +1,7 @@
 //! Images that are several files: what they read, and which names are not followed.
 
+#![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
+
 use std::{
     fs::{self, File},
     ops::ControlFlow,
@@ -9,16 +11,23 @@ use std::{
 };
 
 use bedplate_engine::{
+    device::{BlockDevice, ExtentKind},
     error::{Error, Result},
     image::{
-        BaseImage, Format,
-        chain::{AllowedDirectory, CHAIN_DEPTH_MAX, Chain},
-        qcow2::{Place, Qcow2Image, View},
+        qcow2::{Qcow2Image, View},
+        references::CHAIN_DEPTH_MAX,
     },
-    units::{ByteLen, ByteOffset, ByteRange, to_usize},
+    units::{ByteRange, to_usize},
+};
+use bedplate_inspect::{
+    source::{self, FileArgs, OpenArgs},
+    stack::{Kind, Stack},
 };
 
-use super::images::run;
+fn run(command: &mut Command) {
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
 
 fn create(path: &Path, options: &str, size: &str, writes: &[&str]) {
     run(Command::new("qemu-img")
@@ -30,16 +39,16 @@ fn create(path: &Path, options: &str, size: &str, writes: &[&str]) {
     }
 }
 
-fn open(path: &Path, allowed: Option<&Path>) -> Result<Chain> {
-    let allowed = allowed.map(AllowedDirectory::open).transpose()?;
-    Chain::open(File::open(path).unwrap(), path, Format::Qcow2, &View::Active, allowed.as_ref())
+fn open(path: &Path, allowed: Option<&Path>) -> Result<Stack> {
+    let files = FileArgs { allow_references: allowed.map(Path::to_owned), backing: None };
+    source::open(path, &OpenArgs { files, ..OpenArgs::default() })
 }
 
-fn content(chain: &Chain) -> Vec<u8> {
-    let mut bytes = vec![0xa5; to_usize(chain.len().0)];
+fn content(stack: &Stack) -> Vec<u8> {
+    let mut bytes = vec![0xa5; to_usize(stack.size())];
     // Pieces that do not care for clusters.
     for (number, part) in bytes.chunks_mut(70_001).enumerate() {
-        chain.read_at(part, number as u64 * 70_001).unwrap();
+        stack.read_at(part, number as u64 * 70_001).unwrap();
     }
     bytes
 }
@@ -70,18 +79,18 @@ fn a_chain_reads_as_qemu_reads_it_also_where_files_are_shorter_or_odd() {
         &["write -P 3 110k 1k", "write -z 690k 4k", "write -P 4 2M 10k"],
     );
     let chain = open(&top, Some(dir)).unwrap();
-    assert_eq!(chain.layers().len(), 3);
+    assert_eq!(chain.names().len(), 3);
     let expected = as_qemu_reads(&top);
     assert!(content(&chain) == expected, "the chain reads otherwise than qemu-img");
 
-    let whole = ByteRange { start: ByteOffset(0), len: chain.len() };
+    let whole = ByteRange::new(0, chain.size());
     let (mut end, mut depths) = (0, [0; 3]);
     chain
-        .each(whole, |found| {
-            assert_eq!(found.segment.range.start.0, end);
-            end = found.segment.range.end().0;
-            if !matches!(found.segment.place, Place::Backing) {
-                depths[found.depth] += found.segment.range.len.0;
+        .each(whole, |run| {
+            assert_eq!(run.range.start.0, end);
+            end = run.range.end().0;
+            if run.kind != Kind::Absent {
+                depths[run.depth] += run.range.len.0;
             }
             ControlFlow::Continue(())
         })
@@ -90,7 +99,7 @@ fn a_chain_reads_as_qemu_reads_it_also_where_files_are_shorter_or_odd() {
     assert!(depths.iter().all(|bytes| *bytes > 0), "{depths:?}");
     for extent in chain.extents(whole).unwrap() {
         let range = to_usize(extent.range.start.0)..to_usize(extent.range.end().0);
-        if extent.kind == bedplate_engine::device::ExtentKind::Zero {
+        if extent.kind == ExtentKind::Zero {
             assert!(expected[range].iter().all(|byte| *byte == 0), "{}", extent.range);
         }
     }
@@ -106,7 +115,9 @@ fn an_external_data_file_is_read_and_one_that_is_too_short_is_corruption() {
     run(Command::new("qemu-io").args(["-f", "qcow2", "-c", "write -P 1 0 128k"]).arg(&image));
     run(Command::new("qemu-io").args(["-f", "qcow2", "-c", "write -P 2 512k 4k"]).arg(&image));
     assert!(content(&open(&image, Some(dir)).unwrap()) == as_qemu_reads(&image));
-    let alone = Qcow2Image::open(File::open(&image).unwrap(), &image, &View::Active);
+    let base = Qcow2Image::open(File::open(&image).unwrap(), &image, &View::Active);
+    assert!(matches!(base, Err(Error::Unsupported { what, .. }) if what.contains("image.data")));
+    let alone = open(&image, None).unwrap().read_at(&mut [0; 512], 0);
     assert!(matches!(alone, Err(Error::Unsupported { what, .. }) if what.contains("image.data")));
     File::options().write(true).open(dir.join("image.data")).unwrap().set_len(513 << 10).unwrap();
     let cut = open(&image, Some(dir)).unwrap();
@@ -166,14 +177,15 @@ fn names_that_lead_out_or_are_no_files_are_not_opened() {
         "json:{\"driver\":\"file\"}",
         "image.qcow2",
     ] {
-        let refused = named(name);
-        assert!(matches!(refused, Err(Error::Unsupported { .. })), "{name}: {refused:?}");
+        let refused = named(name).err();
+        assert!(matches!(refused, Some(Error::Unsupported { .. })), "{name}: {refused:?}");
     }
     let missing = named("missing");
     assert!(missing.is_err_and(|error| error.is_not_found()));
     assert_eq!(content(&named("base").unwrap()), [2; 4096]);
     assert_eq!(content(&named(allowed.join("base").to_str().unwrap()).unwrap()), [2; 4096]);
-    assert!(matches!(open(&image, None), Err(Error::Unsupported { .. })), "nothing is allowed by itself");
+    let alone = open(&image, None).unwrap().read_at(&mut [0; 512], 0);
+    assert!(matches!(alone, Err(Error::Unsupported { .. })), "nothing is allowed by itself: {alone:?}");
 }
 
 #[test]
@@ -191,7 +203,7 @@ fn a_loop_and_a_chain_that_is_too_long_end() {
     let longest = open(&dir.join((CHAIN_DEPTH_MAX - 1).to_string()), Some(dir)).unwrap();
     let mut start = [0; 4096];
     longest.read_at(&mut start, 0).unwrap();
-    assert_eq!((start, longest.len()), ([5; 4096], ByteLen(65536)));
+    assert_eq!((start, longest.size()), ([5; 4096], 65536));
     let refused = open(&dir.join(CHAIN_DEPTH_MAX.to_string()), Some(dir));
     assert!(matches!(refused, Err(Error::Unsupported { what, .. }) if what.contains("CHAIN_DEPTH_MAX")));
 }
