@@ -17,10 +17,7 @@ use super::{
     jobs::{Control, Jobs, Report},
     volumes::Located,
 };
-use crate::api::{
-    problem::{Code, Refusal},
-    types::JobKind,
-};
+use crate::api::{problem::Refusal, types::JobKind};
 
 /// Opens views, and tidies up after them.
 #[derive(Debug)]
@@ -59,10 +56,11 @@ impl Views {
 pub fn reclaim(disk: &Disk, control: &Control) -> super::jobs::Outcome {
     disk.reclaim(|| control.stop.check().is_ok()).map_err(Refusal::from)?;
     match control.stop.check() {
-        Err(_) if disk.has_unnamed_layers() => Err(Refusal::new(
-            Code::Storage,
-            "what is left is merged after the next export or deletion, or start",
-        )),
+        Err(why) if disk.has_unnamed_layers() => {
+            let why = Refusal::from(why);
+            let left = "what is left is merged after the next export or deletion, or start";
+            Err(Refusal { detail: format!("{}: {left}", why.detail), ..why })
+        }
         Ok(()) | Err(_) => Ok(Report::Nothing),
     }
 }
