@@ -80,13 +80,19 @@ fn a_damaged_header_fails_the_volume_alone_and_recovery_finds_its_blocks() {
     assert_same(&content(&*disk.volume("v").expect("there")), &expected, "after recovery");
 }
 
-#[test]
-fn what_is_viewed_of_a_damaged_volume_is_not_recovered_and_written_to_beneath_the_view() {
+/// A written volume in whose map a byte is damaged.
+fn with_damaged_map() -> Fixture {
     let (fixture, _) = written();
     let map = layer_file(&fixture, "map");
     let mut bytes = fs::read(&map).expect("a map");
     bytes[4096 + 50] ^= 1;
     fs::write(&map, bytes).expect("damaged");
+    fixture
+}
+
+#[test]
+fn what_is_viewed_of_a_damaged_volume_is_not_recovered_and_written_to_beneath_the_view() {
+    let fixture = with_damaged_map();
     let disk = fixture.disk();
     let view = disk.view("v", None).expect("viewed");
     assert!(matches!(disk.recover("v"), Err(Error::InUse { .. })));
@@ -96,11 +102,7 @@ fn what_is_viewed_of_a_damaged_volume_is_not_recovered_and_written_to_beneath_th
 
 #[test]
 fn a_damaged_volume_does_not_keep_the_layers_of_another_from_being_merged() {
-    let (fixture, _) = written();
-    let map = layer_file(&fixture, "map");
-    let mut bytes = fs::read(&map).expect("a map");
-    bytes[4096 + 50] ^= 1;
-    fs::write(&map, bytes).expect("damaged");
+    let fixture = with_damaged_map();
     let disk = fixture.disk();
     disk.create_volume("other", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
     let other = disk.volume("other").expect("there");

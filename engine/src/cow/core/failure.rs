@@ -1,0 +1,74 @@
+//! What a failed sync leads to: the mark that it leaves, what is uncertain from then on, and who is told.
+//!
+//! Upholds invariant 7: the layer takes no more writes, and blocks that changed since the last commit that succeeded are
+//! not read. Whoever waited is answered once leaving the mark has ended, well or not.
+
+use std::sync::Arc;
+
+use super::{ActionKind, Admission, Checkpoint, Core, Health, OpId, OpState, Pending, Step};
+use crate::{cow::blocks::BlockSet, error::Error};
+
+impl Core {
+    /// No more writes: data or map could not be synced, and a sync that failed cannot be repeated. `waiters` are
+    /// answered once the mark is left.
+    pub(super) fn fail(&mut self, step: &mut Step, error: &Error, waiters: Vec<OpId>) {
+        let mut unanswered: Vec<(OpId, Error)> = waiters.into_iter().map(|op| (op, error.clone())).collect();
+        match &mut self.health {
+            Health::Sound => {
+                let reason: Arc<str> = error.to_string().into();
+                let uncertain = Arc::new(self.changed_since_commit());
+                self.checkpoint = Checkpoint::Idle;
+                self.health = Health::Marking { reason: reason.clone(), uncertain, unanswered };
+                self.act(step, None, Pending::Mark, ActionKind::MarkFailed { reason });
+            }
+            Health::Marking { unanswered: others, .. } => others.append(&mut unanswered),
+            Health::Failed { .. } => self.answer(step, unanswered),
+        }
+    }
+
+    /// What changed since the last commit that succeeded, or may be changing just now.
+    fn changed_since_commit(&self) -> BlockSet {
+        let mut blocks = BlockSet::default();
+        self.commit.add_to(&mut blocks);
+        let ended = self.landed.iter().map(|(run, _)| run).chain(self.rewritten.set().iter());
+        ended.chain(self.ops.values().filter_map(OpState::blocks)).for_each(|run| blocks.insert(run));
+        if self.inherited {
+            self.index.head.written().set().iter().for_each(|run| blocks.insert(run));
+        }
+        blocks
+    }
+
+    pub(super) fn marked(&mut self, step: &mut Step) {
+        if let Health::Marking { reason, uncertain, unanswered } = &mut self.health {
+            let unanswered = std::mem::take(unanswered);
+            self.health = Health::Failed { reason: reason.clone(), uncertain: uncertain.clone() };
+            self.answer(step, unanswered);
+        }
+    }
+
+    fn answer(&mut self, step: &mut Step, unanswered: Vec<(OpId, Error)>) {
+        for (op, error) in unanswered {
+            self.committed(step, op, Err(error));
+        }
+    }
+
+    pub(super) fn failure(&self) -> Error {
+        let reason = self.failed().cloned().unwrap_or_else(|| "unknown".into());
+        Error::Failed { reason }
+    }
+
+    /// Answer everything that waits for admission, a commit or a barrier, after a failure.
+    pub(super) fn refuse_waiting(&mut self, step: &mut Step) -> bool {
+        let mut waiting: Vec<OpId> = self.queue.drain(..).collect();
+        waiting.append(&mut self.waiters);
+        if let Admission::Closing(op) = self.admission {
+            waiting.push(op);
+        }
+        let moved = !waiting.is_empty();
+        for op in waiting {
+            let error = self.failure();
+            self.committed(step, op, Err(error));
+        }
+        moved
+    }
+}
