@@ -14,14 +14,15 @@ use std::{
     time::Duration,
 };
 
-use bedplate_fuse::{Mode, Sharing};
+use bedplate_engine::exec::choice::ExecutorChoice;
+use bedplate_fuse::{Latency, Mode, Sharing, TransportChoice};
 use clap::Args;
 use nix::unistd::Group;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use crate::{
     duration::{parse_duration, show_duration},
-    images::HttpSettings,
+    images::{BaseCache, HttpSettings},
     telemetry::{self, LogFormat},
 };
 
@@ -62,6 +63,19 @@ pub struct Settings {
     /// Threads that serve the mount [default: 16]
     #[arg(long, value_name = "COUNT", env = "BEDPLATE_THREADS")]
     pub threads: Option<NonZeroUsize>,
+    /// What carries requests out: workers with an io_uring each (ring), the thread that asks (blocking), or each
+    /// where it is faster and works [default: auto]
+    #[arg(long, value_name = "EXECUTOR", env = "BEDPLATE_EXECUTOR")]
+    pub executor: Option<Executor>,
+    /// How the mount's requests come: by io_uring, on /dev/fuse, or by io_uring where the kernel offers it
+    /// [default: auto]
+    #[arg(long, value_name = "TRANSPORT", env = "BEDPLATE_FUSE_TRANSPORT")]
+    pub fuse_transport: Option<FuseTransport>,
+    /// Keep processors from sleeping while requests come, so that single requests may be answered sooner: idle processors
+    /// burn power, and on a virtual machine the host's time
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL",
+          env = "BEDPLATE_LOW_LATENCY")]
+    pub low_latency: Option<bool>,
     /// Images that are fetched or verified at once; others wait [default: 4]
     #[arg(long, value_name = "COUNT", env = "BEDPLATE_IMAGE_JOBS")]
     pub image_jobs: Option<NonZeroUsize>,
@@ -69,6 +83,10 @@ pub struct Settings {
     #[arg(long, value_name = "TIME", env = "BEDPLATE_IMAGE_DEADLINE", value_parser = parse_duration)]
     #[serde(deserialize_with = "duration_of_text")]
     pub image_deadline: Option<Duration>,
+    /// Whether the page cache keeps what volumes read of their images: one copy that all share, or none, for a machine
+    /// whose memory belongs to its guests [default: shared]
+    #[arg(long, value_name = "CACHE", env = "BEDPLATE_BASE_CACHE")]
+    pub base_cache: Option<BaseCache>,
     /// What to log: error, warn, info, debug, trace, or directives such as info,bedplate::api=debug [default: info]
     #[arg(long, value_name = "FILTER", env = "BEDPLATE_LOG")]
     pub log: Option<String>,
@@ -86,6 +104,52 @@ pub struct Settings {
     pub http: Option<HttpPatience>,
 }
 
+/// What carries requests out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Executor {
+    /// Workers with an io_uring each, for everything; without io_uring nothing is served.
+    Ring,
+    /// The thread that asks.
+    Blocking,
+    /// Workers for what is submitted, where the kernel has io_uring and allows it; whoever waits anyway does it itself.
+    #[default]
+    Auto,
+}
+
+impl From<Executor> for ExecutorChoice {
+    fn from(executor: Executor) -> ExecutorChoice {
+        match executor {
+            Executor::Ring => ExecutorChoice::Ring,
+            Executor::Blocking => ExecutorChoice::Blocking,
+            Executor::Auto => ExecutorChoice::Auto,
+        }
+    }
+}
+
+/// How the mount's requests come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum FuseTransport {
+    /// By io_uring, or the node does not start: Linux 6.14 or later, switched on (see `bedplate doctor`).
+    Uring,
+    /// On /dev/fuse.
+    Classic,
+    /// By io_uring where the kernel offers it.
+    #[default]
+    Auto,
+}
+
+impl From<FuseTransport> for TransportChoice {
+    fn from(transport: FuseTransport) -> TransportChoice {
+        match transport {
+            FuseTransport::Uring => TransportChoice::Uring,
+            FuseTransport::Classic => TransportChoice::Classic,
+            FuseTransport::Auto => TransportChoice::Auto,
+        }
+    }
+}
+
 /// The table `[http]`: how patient downloads are. Times are as 30s or 15m, and none is below 1s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -101,15 +165,19 @@ pub struct HttpPatience {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 17] = [
     "state",
     "disks",
     "mount",
     "mount_mode",
     "allow_other",
     "threads",
+    "executor",
+    "fuse_transport",
+    "low_latency",
     "image_jobs",
     "image_deadline",
+    "base_cache",
     "log",
     "log_format",
     "socket",
@@ -135,9 +203,13 @@ pub struct Config {
     pub mount_mode: Mode,
     pub sharing: Sharing,
     pub threads: NonZeroUsize,
+    pub executor: Executor,
+    pub fuse_transport: FuseTransport,
+    pub latency: Latency,
     pub image_jobs: NonZeroUsize,
     pub image_deadline: Duration,
     pub http: HttpSettings,
+    pub base_cache: BaseCache,
     pub log: String,
     pub log_format: LogFormat,
 }
@@ -207,8 +279,12 @@ impl Settings {
             mount_mode: self.mount_mode.or(below.mount_mode),
             allow_other: self.allow_other.or(below.allow_other),
             threads: self.threads.or(below.threads),
+            executor: self.executor.or(below.executor),
+            fuse_transport: self.fuse_transport.or(below.fuse_transport),
+            low_latency: self.low_latency.or(below.low_latency),
             image_jobs: self.image_jobs.or(below.image_jobs),
             image_deadline: self.image_deadline.or(below.image_deadline),
+            base_cache: self.base_cache.or(below.base_cache),
             log: self.log.or(below.log),
             log_format: self.log_format.or(below.log_format),
             socket: self.socket.or(below.socket),
@@ -270,9 +346,16 @@ impl Settings {
             mount_mode,
             sharing,
             threads,
+            executor: self.executor.unwrap_or_default(),
+            fuse_transport: self.fuse_transport.unwrap_or_default(),
+            latency: match self.low_latency {
+                Some(true) => Latency::Low,
+                Some(false) | None => Latency::Normal,
+            },
             image_jobs,
             image_deadline,
             http,
+            base_cache: self.base_cache.unwrap_or_default(),
             log,
             log_format,
         })
@@ -314,8 +397,12 @@ impl Config {
             mount_mode: String,
             allow_other: bool,
             threads: NonZeroUsize,
+            executor: Executor,
+            fuse_transport: FuseTransport,
+            low_latency: bool,
             image_jobs: NonZeroUsize,
             image_deadline: String,
+            base_cache: BaseCache,
             log: &'a str,
             log_format: LogFormat,
             http: Http,
@@ -336,8 +423,12 @@ impl Config {
             mount_mode: format!("{:04o}", self.mount_mode.bits()),
             allow_other: matches!(self.sharing, Sharing::Others),
             threads: self.threads,
+            executor: self.executor,
+            fuse_transport: self.fuse_transport,
+            low_latency: matches!(self.latency, Latency::Low),
             image_jobs: self.image_jobs,
             image_deadline: show_duration(self.image_deadline),
+            base_cache: self.base_cache,
             log: &self.log,
             log_format: self.log_format,
             http: Http {
@@ -465,116 +556,4 @@ fn one_line(text: &str, error: &toml::de::Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    fn parse(text: &str) -> Result<Settings, ConfigError> {
-        Settings::parse(text, Path::new("c.toml"))
-    }
-
-    #[test]
-    fn the_file_is_under_the_flags_and_over_the_defaults() {
-        let file = parse("state = '/s'\nthreads = 8\ndisks = ['/a', '/b']\nallow_other = true").unwrap();
-        let flags = Settings { threads: NonZeroUsize::new(3), ..Settings::default() };
-        let config = flags.over(file).finish().unwrap();
-        assert_eq!(config.threads.get(), 3);
-        assert_eq!(config.disks, [PathBuf::from("/a"), PathBuf::from("/b")]);
-        assert_eq!(config.mount, Path::new("/s/mount"));
-        assert_eq!(config.socket, Path::new("/s/bedplate.sock"));
-        assert_eq!(config.mount_mode.bits(), 0o600);
-        assert!(matches!(config.sharing, Sharing::Others));
-    }
-
-    #[test]
-    fn an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() {
-        let error = parse("state = '/s'\ndisk = ['/a']").unwrap_err();
-        assert_eq!(error.to_string(), "c.toml: unknown key \"disk\"; did you mean \"disks\"?");
-        let error = parse("colour = 1").unwrap_err();
-        assert!(matches!(&error, ConfigError::UnknownKey { suggestion: None, .. }), "{error}");
-        assert!(error.to_string().contains("mount_mode"));
-    }
-
-    #[test]
-    fn every_field_is_a_known_key() {
-        let text = "state='/s'\ndisks=['/d']\nmount='/m'\nmount_mode='0660'\nallow_other=false\nthreads=1\n\
-                    image_jobs=2\nimage_deadline='2h30m'\nlog='debug'\nlog_format='json'\nsocket='/k'\nsocket_group='root'\n\
-                    [http]\nconnect_timeout='4s'\nidle_timeout='10s'\nfirst_byte_within='1m'\nstalled_max='1h'";
-        let settings = parse(text).unwrap();
-        assert_eq!(toml::from_str::<toml::Table>(text).unwrap().len(), KEYS.len());
-        let config = settings.finish().unwrap();
-        assert_eq!(config.image_deadline, Duration::from_secs(9000));
-        assert_eq!(config.http.idle_timeout, Duration::from_secs(10));
-        assert_eq!(config.http.stalled_max, Duration::from_secs(3600));
-        assert_eq!(parse(&config.to_toml()).unwrap().finish().unwrap(), config);
-    }
-
-    #[test]
-    fn a_wrong_type_or_syntax_is_refused_with_its_line() {
-        for text in [
-            "[http]\nidle = '3s'",
-            "[http]\nidle_timeout = 'soon'",
-            "state = '/s'\nthreads = 'many'",
-            "state = '/s'\nthreads = ",
-            "state = '/s'\nthreads = 0",
-        ] {
-            let message = parse(text).unwrap_err().to_string();
-            assert!(message.starts_with("c.toml: line 2: ") && !message.contains('\n'), "{message}");
-        }
-    }
-
-    #[test]
-    fn values_that_cannot_work_are_refused_by_their_key() {
-        let table: [(&str, &str); 12] = [
-            ("mount_mode = '4755'", "mount_mode"),
-            ("mount_mode = 'rw'", "mount_mode"),
-            ("threads = 1000", "threads"),
-            ("image_jobs = 1000", "image_jobs"),
-            ("image_deadline = '0s'", "image_deadline"),
-            ("[http]\nidle_timeout = '10ms'", "idle_timeout"),
-            ("log = 'a=b=c'", "log"),
-            ("disks = []", "disks"),
-            ("disks = ['/a', '/a']", "disks"),
-            ("disks = ['/a']\nmount = '/a/m'", "mount"),
-            ("mount = '/m'\nsocket = '/m/s'", "socket"),
-            ("socket_group = 'no-such-group'", "socket_group"),
-        ];
-        for (text, wrong) in table {
-            match parse(text).unwrap().finish() {
-                Err(ConfigError::Value { key, .. }) => assert_eq!(key, wrong, "{text}"),
-                other => panic!("{text}: {other:?}"),
-            }
-        }
-    }
-
-    #[test]
-    fn links_do_not_hide_that_places_lie_in_one_another() {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        fs::create_dir_all(at("real/disk")).unwrap();
-        symlink("real", at("link")).unwrap();
-        symlink(at("link/disk"), at("again")).unwrap();
-        symlink("round", at("round")).unwrap();
-        let real = dir.path().canonicalize().unwrap().join("real");
-        assert_eq!(resolve(&at("again/x/../y")), real.join("disk/y"));
-        assert_eq!(resolve(&at("round")).file_name(), Some("round".as_ref()));
-        let settings = |disk: &str, mount: &str| Settings {
-            disks: Some(vec![at(disk)]),
-            mount: Some(at(mount)),
-            ..Settings::default()
-        };
-        assert_eq!(settings("other", "link/m").finish().unwrap().mount, real.join("m"));
-        for (disk, mount) in [("again", "real/disk/m"), ("real/disk", "again"), ("real/disk", "link")] {
-            let refused = settings(disk, mount).finish();
-            assert!(matches!(refused, Err(ConfigError::Value { key: "mount", .. })), "{disk} {mount}");
-        }
-    }
-
-    #[test]
-    fn the_command_line_finds_the_socket_where_the_environment_puts_the_state() {
-        assert_eq!(socket_in(None), Path::new("/var/lib/bedplate/bedplate.sock"));
-        assert_eq!(socket_in(Some("".into())), socket_in(None));
-        assert_eq!(socket_in(Some("/x".into())), Path::new("/x/bedplate.sock"));
-    }
-}
+mod tests;

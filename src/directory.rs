@@ -44,6 +44,14 @@ pub enum Open {
     CreateWrite,
 }
 
+/// What a removal found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removed {
+    File,
+    /// There was no such name, and so nothing has to be made durable.
+    Nothing,
+}
+
 /// What [`Directory::space`] tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
@@ -140,20 +148,27 @@ impl Directory {
     }
 
     /// Remove a file; that it is not there is fine.
-    pub fn remove_file(&self, name: &str) -> Result<()> {
+    pub fn remove_file(&self, name: &str) -> Result<Removed> {
         self.remove(name, UnlinkatFlags::NoRemoveDir)
     }
 
     /// Remove an empty directory; that it is not there is fine.
     pub fn remove_dir(&self, name: &str) -> Result<()> {
-        self.remove(name, UnlinkatFlags::RemoveDir)
+        self.remove(name, UnlinkatFlags::RemoveDir).map(drop)
     }
 
-    fn remove(&self, name: &str, kind: UnlinkatFlags) -> Result<()> {
+    fn remove(&self, name: &str, kind: UnlinkatFlags) -> Result<Removed> {
         match unlinkat(&self.fd, name, kind) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Ok(()) => Ok(Removed::File),
+            Err(Errno::ENOENT) => Ok(Removed::Nothing),
             Err(e) => Err(failed("remove", &self.path.join(name), e)),
         }
+    }
+
+    /// Whether a file in here can be opened past the page cache. Where that cannot be found out, it is hoped for.
+    pub fn takes_direct_reads(&self) -> bool {
+        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
+        !matches!(openat(&self.fd, ".", flags, Mode::from_bits_truncate(0o600)), Err(Errno::EINVAL))
     }
 
     /// Make the names in here durable.

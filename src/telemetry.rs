@@ -18,7 +18,9 @@ use prometheus_client::{
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 
-use crate::api::types::{DiskState, Image, ImageState, NodeInfo, Volume, VolumeState};
+use crate::api::types::{
+    DiskState, Executor, Image, ImageState, IoPath, NodeInfo, Transport, Volume, VolumeState,
+};
 
 /// How a line of the log looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
@@ -72,6 +74,22 @@ struct DiskLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ExecutorLabels {
+    disk: String,
+    executor: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TransportLabels {
+    transport: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PathLabels {
+    path: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct VolumeLabels {
     volume: String,
 }
@@ -93,6 +111,9 @@ struct Gauges {
     disk_size: Family<DiskLabels, Gauge>,
     disk_free: Family<DiskLabels, Gauge>,
     disk_up: Family<DiskLabels, Gauge>,
+    disk_executor: Family<ExecutorLabels, Gauge>,
+    mount_transport: Family<TransportLabels, Gauge>,
+    open_files: Family<PathLabels, Gauge>,
 }
 
 impl fmt::Debug for Metrics {
@@ -131,6 +152,12 @@ impl Default for Metrics {
         );
         registry.register_with_unit("disk_free", "Free space of a disk", bytes(), gauges.disk_free.clone());
         registry.register("disk_up", "Whether a disk is served", gauges.disk_up.clone());
+        let about = "What carries a disk's requests out: 1 for that";
+        registry.register("disk_executor", about, gauges.disk_executor.clone());
+        let about = "How the mount's requests come: 1 for that";
+        registry.register("mount_transport", about, gauges.mount_transport.clone());
+        let about = "Images and volumes that are open through the mount, by the way that their bytes go";
+        registry.register("open_files", about, gauges.open_files.clone());
         Metrics { registry, requests, request_seconds, gauges: Mutex::new(gauges) }
     }
 }
@@ -185,6 +212,22 @@ impl Gauges {
             let labels = VolumeLabels { volume: volume.name.clone() };
             self.volume_allocated.get_or_create(&labels).set(gauge(volume.allocated_bytes));
         }
+        for (word, transport) in [("uring", Transport::Uring), ("classic", Transport::Classic)] {
+            let used = u32::from(node.transport == Some(transport));
+            self.mount_transport.get_or_create(&TransportLabels { transport: word }).set(used.into());
+        }
+        let paths = [
+            ("uring", IoPath::Uring),
+            ("classic", IoPath::Classic),
+            ("cached", IoPath::Cached),
+            ("passthrough", IoPath::Passthrough),
+        ];
+        for (word, path) in paths {
+            let open =
+                images.iter().map(|image| image.io_path).chain(volumes.iter().map(|volume| volume.io_path));
+            let count = open.filter(|open| *open == Some(path)).count();
+            self.open_files.get_or_create(&PathLabels { path: word }).set(gauge(count));
+        }
         for disk in &node.disks {
             let labels = DiskLabels { disk: disk.path.clone() };
             self.disk_size.get_or_create(&labels).set(gauge(disk.size_bytes));
@@ -194,6 +237,11 @@ impl Gauges {
                 DiskState::Failed => 0,
             };
             self.disk_up.get_or_create(&labels).set(up);
+            for (word, executor) in [("ring", Executor::Ring), ("blocking", Executor::Blocking)] {
+                let labels = ExecutorLabels { disk: disk.path.clone(), executor: word };
+                let used = u32::from(disk.executor == Some(executor));
+                self.disk_executor.get_or_create(&labels).set(used.into());
+            }
         }
     }
 }

@@ -78,8 +78,7 @@ fn what_takes_long_is_cancelled_at_the_command_line_and_leaves_what_it_found() {
 
 #[test]
 fn flattening_is_cancelled_and_goes_on_from_there() {
-    // Block by block, so that each takes less.
-    let mut node = with_slow_writes(1_000);
+    let mut node = with_slow_writes(20_000);
     node.run("snapshot create v s");
     let said = cancel_during(&node, "volume flatten v", "volume_flatten");
     assert!(said.contains("what was copied is kept"), "{said}");

@@ -8,7 +8,9 @@
 #![allow(clippy::unwrap_used, reason = "tests end where something is not as it should be")]
 
 mod attach;
+mod bench;
 mod block_device;
+mod cache;
 mod farm;
 mod jobs;
 mod kill;

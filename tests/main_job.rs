@@ -1,7 +1,10 @@
 //! The main job: an image comes in, is verified, and is served as volumes that are written, snapshotted, cloned, grown
 //! and exported; and what the command line says when something is wrong.
 
-use std::{fs, os::unix::fs::FileExt};
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+};
 
 use serde_json::Value;
 
@@ -285,7 +288,7 @@ fn json_has_exactly_the_fields_that_are_promised() {
     node.run("volume create a --image base");
     node.run("snapshot create a s");
     let image = node.json("image get base");
-    let promised = "name uuid state format size_bytes virtual_size_bytes allocated_bytes sha512 source copies created_at";
+    let promised = "name uuid state format size_bytes virtual_size_bytes allocated_bytes sha512 source copies io_path created_at";
     assert_eq!(keys(&image), sorted(promised));
     assert_eq!(keys(&image["copies"][0]), sorted("disk state progress message code verification"));
     assert_eq!((&image["state"], &image["format"]), (&"ready".into(), &"raw".into()));
@@ -293,13 +296,34 @@ fn json_has_exactly_the_fields_that_are_promised() {
     assert_eq!(node.json("image list").as_array().unwrap(), &[image]);
 
     let volume = node.json("volume get a");
-    let promised = "name uuid state size_bytes allocated_bytes image snapshots path device created_at";
+    let promised =
+        "name uuid state size_bytes allocated_bytes image snapshots path device io_path created_at";
     assert_eq!(keys(&volume), sorted(&format!("{promised} disk message holders")));
     assert_eq!(keys(&volume["image"]), sorted("name uuid"));
     assert_eq!(keys(&volume["snapshots"][0]), sorted("name size_bytes created_at"));
     assert_eq!(volume["path"], node.volume("a").display().to_string());
     assert_eq!((&volume["state"], &volume["device"]), (&"ready".into(), &Value::Null));
     assert_eq!(node.json("volume list").as_array().unwrap(), &[volume]);
+}
+
+#[test]
+fn the_way_that_an_open_files_bytes_go_is_shown() {
+    let node = with_image();
+    node.run("volume create a --image base");
+    assert_eq!(node.json("volume get a")["io_path"], Value::Null);
+    let (volume, image) = (File::open(node.volume("a")).unwrap(), File::open(node.image("base")).unwrap());
+    let info = node.http("GET", "/v1/node").unwrap();
+    let transport =
+        ["uring", "classic"].into_iter().find(|word| info.contains(&format!("{word:?}"))).unwrap();
+    assert_eq!(node.json("volume get a")["io_path"], transport);
+    let path = node.json("image get base")["io_path"].as_str().unwrap().to_owned();
+    assert!(["passthrough", "cached"].contains(&path.as_str()), "{path}");
+    assert!(node.run("volume get a").contains("I/O path"));
+    let metrics = node.http("GET", "/metrics").unwrap();
+    for used in [transport, &path] {
+        assert!(metrics.contains(&format!("bedplate_open_files{{path=\"{used}\"}} 1")), "{metrics}");
+    }
+    drop((volume, image));
 }
 
 #[test]

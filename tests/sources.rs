@@ -1,7 +1,8 @@
 //! What `--from` names: secrets that stay secret, and sources that are not there.
 
-use std::{fs, net::TcpListener};
+use std::{fs, net::TcpListener, path::Path, process::Command};
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::util::{content::pattern, node::Node, origin::Origin, run::until};
@@ -89,6 +90,32 @@ fn a_longhorn_replica_with_its_backing_file_becomes_an_image() {
         let image = node.json(&format!("image get {name}"));
         assert!(image["source"].as_str().unwrap().ends_with(&format!("replica@{name}")), "{image}");
     }
+    let image = node.json("image get head");
+    let sources = image["sources"].as_array().unwrap();
+    let shown = node.run("image get head");
+    for source in sources {
+        let path = Path::new(source["path"].as_str().unwrap());
+        assert!(path.is_absolute(), "{image}");
+        assert_eq!(source["sha512"], node.sha512(path));
+        assert_eq!(source["size_bytes"], fs::metadata(path).unwrap().len());
+        assert!(shown.contains(source["path"].as_str().unwrap()), "{shown}");
+        assert!(shown.contains(source["sha512"].as_str().unwrap()), "{shown}");
+    }
+    let ends = |at: usize, name: &str| sources[at]["path"].as_str().unwrap().ends_with(name);
+    assert!(sources.len() > 2 && ends(0, ".img") && ends(sources.len() - 1, "backing/backing"), "{image}");
+}
+
+#[test]
+fn a_replica_without_a_backing_file_is_joined_where_that_is_said() {
+    let node = Node::start();
+    node.sh("mkdir r; truncate -s 1M r/volume-head-000.img
+             head -c 4096 /dev/urandom | dd of=r/volume-head-000.img seek=3 bs=4096 conv=notrunc status=none
+             echo '{\"Parent\":\"\"}' > r/volume-head-000.img.meta");
+    // Without volume.meta nobody knows whether there was one.
+    let said = node.refused("image create x --from r --wait", 5);
+    assert!(said.contains("--backing none"), "{said}");
+    node.run("image create x --from r --backing none --wait");
+    node.sh("cmp r/volume-head-000.img $I/x");
 }
 
 #[test]
@@ -103,9 +130,81 @@ fn a_qcow2_file_and_those_that_it_names_become_one_image_where_that_is_allowed()
     assert!(said.contains("middle.qcow2") && said.contains("--allow-references"), "{said}");
     node.run("image create all --from images/top.qcow2 --allow-references images --wait");
     node.sh("cmp images/whole $I/all; rm -r images; cmp $I/all $I/all");
-    assert_eq!(node.json("image get all")["format"], "raw");
+    let image = node.json("image get all");
+    assert_eq!(image["format"], "raw");
+    let names: Vec<_> = image["sources"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|source| source["path"].as_str().unwrap().rsplit('/').next().unwrap())
+        .collect();
+    assert_eq!(names, ["top.qcow2", "middle.qcow2", "base.raw"]);
     node.sh("mkdir outside inside; qemu-img create -q -f raw outside/secret 1M
              qemu-img create -q -f qcow2 -F raw -b $PWD/outside/secret inside/x.qcow2");
     node.refused("image create leak --from inside/x.qcow2 --allow-references inside --wait", 5);
     node.refused("image create odd --from http://127.0.0.1:1/x --backing inside", 1);
+}
+
+#[test]
+fn a_volume_of_a_disk_that_nobody_serves_becomes_an_image_of_its_layers_and_maps() {
+    let mut other = Node::start();
+    other.run("volume create v --size 4M");
+    other.write("v", 1 << 20, &pattern(100_000, 3));
+    other.run("snapshot create v s");
+    other.write("v", 5000, &pattern(5000, 4));
+    other.sh("cp $V/v content");
+    other.stop(Signal::SIGTERM);
+    let record = other.files_on_disk().into_iter().find(|file| file.ends_with("volume.json")).unwrap();
+    let volume = other.path("disk").join(record).parent().unwrap().display().to_string();
+
+    let node = Node::start();
+    node.run(&format!("image create x --from {volume} --wait"));
+    node.sh(&format!("cmp {} $I/x", other.scratch("content").display()));
+    let image = node.json("image get x");
+    let sources = image["sources"].as_array().unwrap();
+    let names: Vec<_> =
+        sources.iter().map(|source| source["path"].as_str().unwrap().rsplit('/').next().unwrap()).collect();
+    assert_eq!(names, ["data", "map", "data", "map"]);
+    for source in sources {
+        assert_eq!(source["sha512"], node.sha512(Path::new(source["path"].as_str().unwrap())));
+    }
+}
+
+#[test]
+fn a_backing_file_that_is_a_block_device_is_listed_with_the_digest_of_all_of_it() {
+    let node = Node::start();
+    node.sh("mkdir r; truncate -s 2M r/volume-head-000.img; echo '{\"Parent\":\"\"}' > r/volume-head-000.img.meta");
+    fs::write(node.scratch("backing"), pattern(2 << 20, 5)).unwrap();
+    let device = LoopDevice::over(&node.scratch("backing"));
+    node.run(&format!("image create x --from r --backing {} --wait", device.path()));
+    node.sh("cmp backing $I/x");
+    let source = &node.json("image get x")["sources"][1];
+    assert_eq!(source["path"], device.path());
+    assert_eq!(
+        (&source["size_bytes"], &source["sha512"]),
+        (&(2 << 20).into(), &node.sha512(&node.scratch("backing")).into())
+    );
+}
+
+/// A read-only loop device, which goes with this.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(file: &Path) -> LoopDevice {
+        let made =
+            Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        LoopDevice(String::from_utf8(made.stdout).unwrap().trim().to_owned())
+    }
+
+    fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // Nothing else is to be done about one that stays.
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
 }

@@ -1,144 +1,219 @@
 //! What the node asks of the kernel, as the kernel sees it: between the arrival of a FLUSH or of a FUA write and its
 //! answer, the layer's data is synced and after that its map; and a listing of the mount opens no file.
 //!
-//! The node runs under `strace`, one trace for each thread, with the times of each call. A request and its answer are
-//! found by the number that the FUSE protocol gives them, in the first bytes read from and written to /dev/fuse.
+//! The first comes from the kernel's own trace points (`fuse`, `ext4`), which see a request and a sync alike whether
+//! they go through calls or through a ring. The second from `strace`.
 
 use std::{
     fs::{self, File},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
 };
 
-use nix::{libc::O_DSYNC, sys::signal::Signal};
+use nix::{
+    libc::O_DSYNC,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::{
+        signal::Signal,
+        stat::{major, minor},
+        statfs::{EXT4_SUPER_MAGIC, statfs},
+    },
+};
 
 use crate::util::{content::pattern, node::Node};
 
-/// Numbers of requests (linux/fuse.h).
-const FUSE_WRITE: u32 = 16;
-const FUSE_FSYNC: u32 = 20;
+/// The trace points that are recorded.
+const EVENTS: [&str; 4] = [
+    "fuse/fuse_request_send",
+    "fuse/fuse_request_end",
+    "ext4/ext4_sync_file_enter",
+    "ext4/ext4_sync_file_exit",
+];
+/// More than a test's events take.
+const BUFFER_KIB: &str = "4096";
 
-/// A call of the node, in seconds of the clock.
-#[derive(Debug)]
-struct Call {
-    began: f64,
-    ended: f64,
-    what: What,
+/// A recording of the kernel's trace points, in a buffer of its own.
+struct Trace {
+    file_system: PathBuf,
+    instance: PathBuf,
+}
+
+impl Trace {
+    fn start(node: &Node) -> Trace {
+        let file_system = node.path("tracing");
+        fs::create_dir(&file_system).unwrap();
+        mount(Some("tracefs"), &file_system, Some("tracefs"), MsFlags::empty(), None::<&str>)
+            .expect("the kernel has tracefs");
+        let name = node.path("").file_name().unwrap().to_owned();
+        let trace = Trace { instance: file_system.join("instances").join(name), file_system };
+        fs::create_dir(&trace.instance).unwrap();
+        trace.set("buffer_size_kb", BUFFER_KIB);
+        for event in EVENTS {
+            trace.set(&format!("events/{event}/enable"), "1");
+        }
+        trace
+    }
+
+    fn set(&self, name: &str, value: &str) {
+        let path = self.instance.join(name);
+        fs::write(&path, value).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    }
+
+    /// All that was recorded, in the order of time.
+    fn events(&self) -> Vec<Event> {
+        self.set("tracing_on", "0");
+        for entry in fs::read_dir(self.instance.join("per_cpu")).unwrap().map(Result::unwrap) {
+            let stats = fs::read_to_string(entry.path().join("stats")).unwrap();
+            assert!(stats.contains("\noverrun: 0\n"), "the buffer is too small: {stats}");
+        }
+        let text = fs::read_to_string(self.instance.join("trace")).unwrap();
+        text.lines().filter(|line| !line.starts_with('#')).filter_map(parse).collect()
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        // What is left is seen by whoever looks at the machine, and harms nobody.
+        let _ = fs::remove_dir(&self.instance);
+        let _ = umount2(&self.file_system, MntFlags::MNT_DETACH);
+    }
 }
 
 #[derive(Debug, PartialEq)]
-enum What {
-    Arrival { opcode: u32, unique: u64 },
-    Answer { unique: u64 },
-    SyncData,
-    SyncMap,
+enum Event {
+    Arrival { connection: u64, opcode: u64, unique: u64 },
+    Answer { connection: u64, unique: u64 },
+    SyncBegins { file: Inode },
+    SyncEnds { file: Inode, result: i64 },
 }
 
-/// A node under strace.
-fn traced() -> Node {
-    let calls = "trace=read,readv,write,writev,fdatasync,fsync,sync_file_range,pwritev2";
-    let mut node = Node::idle();
-    let prefix = node.path("trace").display().to_string();
-    let words = ["strace", "-ff", "-y", "-xx", "-s", "64", "-ttt", "-T", "-e", calls, "-o", prefix.as_str()];
-    node.wrap(&words);
-    node.restart();
-    node
-}
+/// `MAJOR,MINOR` of the file system, and the number.
+type Inode = (String, u64);
 
-/// All that matters of the traces, in the order of time.
-fn calls(node: &Node) -> Vec<Call> {
-    let mut calls = Vec::new();
-    for entry in fs::read_dir(node.path("")).unwrap().map(Result::unwrap) {
-        if entry.file_name().to_string_lossy().starts_with("trace.") {
-            let text = fs::read_to_string(entry.path()).unwrap();
-            calls.extend(text.lines().filter_map(parse));
-        }
-    }
-    calls.sort_by(|a: &Call, b: &Call| a.began.total_cmp(&b.began));
-    calls
-}
-
-/// One line: `TIME name(FD<path>, "bytes"...) = result <duration>`. Calls that failed or did not return are none.
-fn parse(line: &str) -> Option<Call> {
-    let (time, rest) = line.split_once(' ')?;
-    let began: f64 = time.parse().ok()?;
-    let (rest, duration) = rest.strip_suffix('>')?.rsplit_once(" <")?;
-    let (call, result) = rest.rsplit_once(" = ")?;
-    result.split(' ').next()?.parse::<u64>().ok()?;
-    let (name, arguments) = call.split_once('(')?;
-    let path = unhex(arguments.split_once('<')?.1.split_once('>')?.0);
-    let path = String::from_utf8_lossy(&path).into_owned();
-    let bytes = || Some(unhex(arguments.split_once('"')?.1.split_once('"')?.0));
-    let u32_at = |bytes: &[u8], at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-    let u64_at = |bytes: &[u8], at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
-    let what = match name {
-        "fdatasync" | "fsync" if path.ends_with("/data") => What::SyncData,
-        "fdatasync" | "fsync" if path.ends_with("/map") => What::SyncMap,
-        "read" | "readv" if path == "/dev/fuse" => {
-            let bytes = bytes()?;
-            What::Arrival { opcode: u32_at(&bytes, 4)?, unique: u64_at(&bytes, 8)? }
-        }
-        "write" | "writev" if path == "/dev/fuse" => What::Answer { unique: u64_at(&bytes()?, 8)? },
-        _ => return None,
+/// `TASK-PID [CPU] FLAGS TIME: NAME: FIELD VALUE FIELD VALUE ...`
+fn parse(line: &str) -> Option<Event> {
+    let (_, rest) = line.split_once(": ")?;
+    let (name, fields) = rest.split_once(": ")?;
+    let words: Vec<&str> = fields.split_whitespace().collect();
+    let field = |name: &str| {
+        let at = words.iter().position(|word| *word == name)?;
+        words.get(at + 1)?.parse::<i64>().ok()
     };
-    Some(Call { began, ended: began + duration.parse::<f64>().ok()?, what })
+    let number = |name: &str| u64::try_from(field(name)?).ok();
+    let file = || {
+        let at = words.iter().position(|word| *word == "dev")?;
+        Some(((*words.get(at + 1)?).to_owned(), number("ino")?))
+    };
+    Some(match name {
+        "fuse_request_send" => Event::Arrival {
+            connection: number("connection")?,
+            opcode: number("opcode")?,
+            unique: number("req")?,
+        },
+        "fuse_request_end" => Event::Answer { connection: number("connection")?, unique: number("req")? },
+        "ext4_sync_file_enter" => Event::SyncBegins { file: file()? },
+        "ext4_sync_file_exit" => Event::SyncEnds { file: file()?, result: field("ret")? },
+        _ => return None,
+    })
 }
 
-/// Bytes that strace wrote as `\xNN`; others as they are.
-fn unhex(text: &str) -> Vec<u8> {
-    if !text.starts_with("\\x") {
-        return text.as_bytes().to_vec();
-    }
-    text.split("\\x").skip(1).filter_map(|hex| u8::from_str_radix(hex.get(..2)?, 16).ok()).collect()
+/// Numbers of requests (linux/fuse.h).
+const FUSE_WRITE: u64 = 16;
+const FUSE_FSYNC: u64 = 20;
+
+/// Who is looked for.
+struct Subjects {
+    connection: u64,
+    data: Inode,
+    map: Inode,
 }
 
-/// Check every request of this kind; how many there were. Times are exact to a microsecond.
-fn check(calls: &[Call], kind: u32) -> usize {
-    const EXACT: f64 = 2e-6;
+/// The mount of this node and the files of its only layer.
+fn subjects(node: &Node) -> Subjects {
+    let files = node.files_on_disk();
+    let inode = |name: &str| {
+        let mut found = files.iter().filter(|file| file.starts_with("layers/") && file.ends_with(name));
+        let file = found.next().expect("the volume has a layer");
+        assert_eq!(found.next(), None, "there is one layer");
+        let found = fs::metadata(node.path("disk").join(file)).unwrap();
+        (format!("{},{}", major(found.dev()), minor(found.dev())), found.ino())
+    };
+    // The kernel's number of a device without a major one.
+    let connection = minor(fs::metadata(node.path("mount")).unwrap().dev());
+    Subjects { connection, data: inode("/data"), map: inode("/map") }
+}
+
+/// Check every request of this kind; how many there were.
+fn check(events: &[Event], kind: u64, of: &Subjects) -> usize {
     let mut checked = 0;
-    for arrival in calls {
-        let What::Arrival { opcode, unique } = arrival.what else { continue };
-        if opcode != kind {
+    for (at, event) in events.iter().enumerate() {
+        let Event::Arrival { connection, opcode, unique } = *event else { continue };
+        if (connection, opcode) != (of.connection, kind) {
             continue;
         }
-        let answer = calls.iter().find(|call| call.what == What::Answer { unique }).expect("it was answered");
-        let within = |call: &&Call| call.began + EXACT >= arrival.ended && call.ended <= answer.began + EXACT;
-        let mut syncs = calls.iter().filter(within);
-        let data = syncs.clone().find(|call| call.what == What::SyncData);
-        let data = data.unwrap_or_else(|| panic!("request {unique} was answered without a sync of the data"));
+        let after = &events[at..];
+        let answer = Event::Answer { connection, unique };
+        let end = after.iter().position(|event| *event == answer).expect("it was answered");
+        let within = &after[..end];
+        let rest = synced(within, &of.data).unwrap_or_else(|| {
+            panic!("request {unique} was answered without a sync of the data: {within:?}")
+        });
         assert!(
-            syncs.any(|call| call.what == What::SyncMap && call.began + EXACT >= data.ended),
-            "request {unique} was answered without a sync of the map after that of the data"
+            synced(rest, &of.map).is_some(),
+            "request {unique} was answered without a sync of the map after that of the data: {within:?}"
         );
         checked += 1;
     }
     checked
 }
 
+/// What comes after the first sync of this file that begins and succeeds within `events`.
+fn synced<'e>(events: &'e [Event], file: &Inode) -> Option<&'e [Event]> {
+    let begins = Event::SyncBegins { file: file.clone() };
+    let ends = Event::SyncEnds { file: file.clone(), result: 0 };
+    let rest = &events[events.iter().position(|event| *event == begins)?..];
+    let ended = rest.iter().position(|event| *event == ends)?;
+    Some(&rest[ended..])
+}
+
+/// A node whose disk lies on ext4, as the trace points want it: where the temporary directory does not, on one of its own.
+fn on_ext4() -> Node {
+    let mut node = Node::idle();
+    let disk = node.path("disk");
+    if statfs(Path::new(&disk)).unwrap().filesystem_type() != EXT4_SUPER_MAGIC {
+        node.sh("truncate -s 256M fs.img; mkfs.ext4 -q fs.img; mount -o loop fs.img $D; chmod 700 $D");
+    }
+    node.restart();
+    node
+}
+
 #[test]
 fn a_flush_is_answered_after_the_sync_of_the_data_and_then_of_the_map() {
-    let mut node = traced();
+    let mut node = on_ext4();
     node.run("volume create v --size 16M");
+    let (trace, of) = (Trace::start(&node), subjects(&node));
     let file = File::options().write(true).open(node.volume("v")).unwrap();
     for n in 0..10 {
         file.write_all_at(&pattern(8192, n), n * 12_288).unwrap();
         file.sync_data().unwrap();
     }
     drop(file);
+    assert_eq!(check(&trace.events(), FUSE_FSYNC, &of), 10);
     assert!(node.stop(Signal::SIGTERM).success());
-    assert_eq!(check(&calls(&node), FUSE_FSYNC), 10);
 }
 
 #[test]
 fn a_write_with_o_dsync_is_answered_after_the_sync_of_the_data_and_then_of_the_map() {
-    let mut node = traced();
+    let mut node = on_ext4();
     node.run("volume create v --size 16M");
+    let (trace, of) = (Trace::start(&node), subjects(&node));
     let file = File::options().write(true).custom_flags(O_DSYNC).open(node.volume("v")).unwrap();
     for n in 0..10 {
         file.write_all_at(&pattern(4096 - 512 * (n % 2), n), n * 12_288).unwrap();
     }
     drop(file);
+    assert_eq!(check(&trace.events(), FUSE_WRITE, &of), 10);
     assert!(node.stop(Signal::SIGTERM).success());
-    assert_eq!(check(&calls(&node), FUSE_WRITE), 10);
 }
 
 #[test]

@@ -2,53 +2,57 @@
 
 use std::fs;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+pub use crate::figure::Figure;
 
 /// The machine and the moment, as far as they decide a figure.
-#[derive(Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    kernel: String,
-    cpu: String,
-    cpus: usize,
-    load_average: String,
-    version: &'static str,
+    pub kernel: String,
+    pub cpu: String,
+    pub cpus: usize,
+    pub load_average: String,
+    pub version: String,
 }
 
 impl Machine {
     pub fn look() -> Machine {
-        let line = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
         let cpuinfo = line("/proc/cpuinfo");
         let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");
         Machine {
             kernel: line("/proc/sys/kernel/osrelease"),
             cpu: cpu.to_owned(),
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
-            load_average: line("/proc/loadavg"),
-            version: env!("CARGO_PKG_VERSION"),
+            load_average: load_average(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
+}
+
+/// A file of the kernel's, without the blanks around it; empty when there is none.
+pub fn line(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+pub fn load_average() -> String {
+    line("/proc/loadavg")
+}
+
+/// Memory of the machine, in bytes.
+pub fn memory_total_bytes() -> u64 {
+    let text = line("/proc/meminfo");
+    let field = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    kib(field)
 }
 
 /// Resident anonymous memory of this process, in bytes.
 pub fn memory_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let field = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    kib(status.lines().find_map(|line| line.strip_prefix("RssAnon:")))
+}
+
+fn kib(field: Option<&str>) -> u64 {
     let kib = field.and_then(|text| text.trim().trim_end_matches(" kB").parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
-}
-
-/// Median, least and greatest of some samples.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Figure {
-    pub median: f64,
-    pub min: f64,
-    pub max: f64,
-}
-
-impl Figure {
-    pub fn of(mut samples: Vec<f64>) -> Figure {
-        samples.sort_by(f64::total_cmp);
-        let at = |n: usize| samples.get(n).copied().unwrap_or(f64::NAN);
-        Figure { median: at(samples.len() / 2), min: at(0), max: at(samples.len().saturating_sub(1)) }
-    }
 }

@@ -27,7 +27,10 @@ use bedplate_engine::{
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::machine::{Figure, Machine, memory_bytes};
+use crate::{
+    figure::{Figure, float},
+    machine::{Machine, memory_bytes},
+};
 
 const TIB: u64 = 1 << 40;
 const BLOCKS: u64 = TIB / 4096;
@@ -133,7 +136,7 @@ pub fn run(dir: &Path, memory_dir: &Path, rounds: usize) -> Result<()> {
 fn run_child(lane: Lane, disk: &Path) -> Result<BTreeMap<String, f64>> {
     let name = lane.to_possible_value().context("every lane has a name")?;
     let output = Command::new(std::env::current_exe()?)
-        .args(["map-lane", name.get_name()])
+        .args(["bench", "map-lane", name.get_name()])
         .arg(disk)
         .stderr(Stdio::inherit())
         .output()?;
@@ -159,11 +162,6 @@ pub fn run_lane(lane: Lane, path: &Path) -> Result<()> {
 }
 
 type Figures = BTreeMap<String, f64>;
-
-#[expect(clippy::cast_precision_loss, reason = "figures have four digits")]
-const fn float(n: u64) -> f64 {
-    n as f64
-}
 
 fn millis(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3

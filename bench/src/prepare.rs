@@ -1,8 +1,9 @@
 //! Preparing an image: bytes arrive, are hashed, written and made durable, beside what one core hashes at all.
 //!
-//! The image service runs in this process, without a node around it. The source is a file in memory, so that nothing but
-//! the hash (disk in memory) or the disk can be the limit. The lanes of a round run one after another, and each ratio is
-//! of one round.
+//! Private nodes of the program that is running bring the image in, one with its disk in memory, one on the disk; the
+//! time is that of `bedplate image create --wait`, from its start to its end. The source is a file in memory, so that
+//! nothing but the hash (disk in memory) or the disk can be the limit. The lanes of a round run one after another, and
+//! each ratio is of one round.
 
 use std::{
     collections::BTreeMap,
@@ -10,63 +11,49 @@ use std::{
     io::{Read, Write},
     path::Path,
     process::Command,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use bedplate::{
-    images::{CreateImage, DiskDir, Host, Images, Parts, Settings},
-    prep::checksum::Hasher,
-};
-use bedplate_engine::device::BlockDevice;
 use serde::Serialize;
-use tokio::runtime::Runtime;
-use uuid::Uuid;
+use sha2::{Digest, Sha512};
 
-use crate::machine::{Figure, Machine};
+use crate::{
+    figure::Figure,
+    machine::Machine,
+    process::cpu_seconds,
+    target::{
+        Transport,
+        node::{Node, Program},
+    },
+};
 
 /// Bytes of one update of the lane that only hashes; what an arrival uses, too.
 const PIECE_LEN: usize = 1 << 20;
-/// The longest that one image may take.
-const IMAGE_WITHIN: Duration = Duration::from_secs(600);
-const NAME: &str = "image";
-
-/// A node without volumes.
-struct NoVolumes;
-
-impl Host for NoVolumes {
-    fn users(&self, _: Uuid) -> Vec<String> {
-        Vec::new()
-    }
-
-    fn volume_view(&self, volume: &str, _: Option<&str>) -> Result<Arc<dyn BlockDevice>, String> {
-        Err(format!("volume {volume:?} not found"))
-    }
-}
-
 /// Prepare an image of `size_mib` in memory and on the disk of `dir`, `rounds` times, and print the figures.
 pub fn run(dir: &Path, memory_dir: &Path, size_mib: usize, rounds: usize) -> Result<()> {
     let disk = tempfile::tempdir_in(dir)?;
     let memory = tempfile::tempdir_in(memory_dir)?;
     let source = memory.path().join("source");
     make_source(&source, size_mib)?;
-    let in_memory = memory.path().join("disk");
-    fs::create_dir(&in_memory)?;
+    let program = Program::look("")?;
+    let in_memory = Node::serve_in(&program, Transport::Classic, memory.path().join("node"))?;
+    let on_disk = Node::serve_in(&program, Transport::Classic, disk.path().join("node"))?;
     let machine = Machine::look();
     let mut samples: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     // The first one pays for memory that the machine has never used.
     prepare(&source, &in_memory)?;
+    let memory_node_time = || in_memory.pids().into_iter().filter_map(cpu_seconds).sum::<f64>();
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
         let one_core = openssl(&["-elapsed"])?;
         let openssl_on_core = openssl(&[])?;
         let (hash, hash_on_core) = hash(&source)?;
-        let began = process_time()?;
+        let began = memory_node_time();
         let to_memory = prepare(&source, &in_memory)?;
-        let on_cores = rate(size_mib << 20, process_time()?.saturating_sub(began))?;
+        let on_cores = rate(size_mib << 20, Duration::from_secs_f64(memory_node_time() - began))?;
         let written = write(&source, &disk.path().join("written"))?;
-        let to_disk = prepare(&source, disk.path())?;
+        let to_disk = prepare(&source, &on_disk)?;
         for (name, value) in [
             ("openssl_mb_per_s", one_core),
             ("openssl_on_core_mb_per_s", openssl_on_core),
@@ -124,11 +111,11 @@ fn openssl(time: &[&str]) -> Result<f64> {
     Ok(thousands.with_context(|| format!("openssl speed says {text:?}"))? / 1000.0)
 }
 
-/// What the hash of this program does with bytes that are there, in the time of a clock and on its core.
+/// What the library that this program hashes with does with bytes that are there, in the time of a clock and on its core.
 fn hash(source: &Path) -> Result<(f64, f64)> {
     let mut file = File::open(source)?;
     let mut piece = vec![0; PIECE_LEN];
-    let mut hasher = Hasher::new(None);
+    let mut hasher = Sha512::new();
     let (mut spent, mut on_core, mut bytes) = (Duration::ZERO, Duration::ZERO, 0);
     loop {
         let len = file.read(&mut piece)?;
@@ -141,7 +128,7 @@ fn hash(source: &Path) -> Result<(f64, f64)> {
         spent += start.elapsed();
         bytes += len;
     }
-    ensure!(!hasher.finish().sha512.is_empty());
+    ensure!(hasher.finalize().iter().any(|byte| *byte != 0));
     Ok((rate(bytes, spent)?, rate(bytes, on_core)?))
 }
 
@@ -173,39 +160,14 @@ fn core_time() -> Result<Duration> {
     Ok(Duration::from_nanos(nanos.context("the time of a thread")?))
 }
 
-/// The whole of it: from the request until the image is durable, verified and recorded.
-fn prepare(source: &Path, disk: &Path) -> Result<f64> {
-    let runtime = Runtime::new()?;
-    let disks = vec![DiskDir::open(Uuid::nil(), disk)?];
-    let images = Images::open(disks, Settings::default(), Arc::new(NoVolumes), runtime.handle().clone());
-    let request = CreateImage {
-        name: NAME.to_owned(),
-        from: source.display().to_string(),
-        checksum: None,
-        disk: None,
-        deadline: Some(IMAGE_WITHIN),
-        internal_snapshot: None,
-        parts: Parts::default(),
-    };
+/// The whole of it: from the command until the image is durable, verified and recorded.
+fn prepare(source: &Path, node: &Node) -> Result<f64> {
+    let bytes = fs::metadata(source)?.len();
     let start = Instant::now();
-    images.create(&request)?;
-    let info = runtime.block_on(images.wait(NAME, IMAGE_WITHIN))?;
+    node.bring_in(source)?;
     let spent = start.elapsed();
-    runtime.block_on(images.delete(NAME))?;
-    let bytes = info.size_bytes.context("a ready image has a size")?;
+    node.delete_image()?;
     rate(bytes.try_into()?, spent)
-}
-
-/// How long all threads of this process have been on cores.
-fn process_time() -> Result<Duration> {
-    /// `USER_HZ`, which Linux fixes for programs.
-    const TICKS_PER_S: u64 = 100;
-    let text = fs::read_to_string("/proc/self/stat")?;
-    // The fields after the name, which may hold anything.
-    let fields = text.rsplit_once(')').context("the process has a name")?.1;
-    let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
-    let ticks = ticks.sum::<Result<u64, _>>()?;
-    Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_S))
 }
 
 /// Megabytes (10^6) a second, as openssl counts them.

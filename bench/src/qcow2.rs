@@ -1,8 +1,9 @@
-//! qcow2, read and written, beside `qemu-img` and the raw file.
+//! qcow2, read, written, compared and converted, beside `qemu-img` and the raw file.
 //!
 //! Everything lies in memory (a memory file system), so that the code is what is measured and not a disk. The lanes of
 //! a round run one after another, and each ratio is of one round. `qemu-img` is a process, so its start is part of its
-//! time; with the sizes that are used that is less than a hundredth.
+//! time; with the sizes that are used that is less than a hundredth. Where `bedplate-inspect` is what is measured, it is a
+//! process, too: the one that was built beside this program.
 
 use std::{
     collections::BTreeMap,
@@ -41,6 +42,9 @@ const RANDOM_READS: u64 = 200_000;
 /// Each fourth so many bytes of the image are a hole.
 const RUN_LEN: usize = 16 << 20;
 
+/// The qcow2 files that the raw one is made into.
+const KINDS: [&str; 3] = ["plain", "zlib", "zstd"];
+
 /// Read and write an image of `size_mib` of this machine's own files, `rounds` times, and print the figures.
 pub fn run(memory_dir: &Path, size_mib: usize, rounds: usize) -> Result<()> {
     let dir = tempfile::tempdir_in(memory_dir)?;
@@ -60,6 +64,8 @@ pub fn run(memory_dir: &Path, size_mib: usize, rounds: usize) -> Result<()> {
         lanes.reads()?;
         lanes.random()?;
         lanes.exports()?;
+        lanes.comparisons()?;
+        lanes.conversions()?;
         for (name, value) in lanes.values {
             samples.entry(name).or_default().push(value);
         }
@@ -94,7 +100,7 @@ impl Lanes<'_> {
 
     /// All of the content in order, by one thread and by two, and by `qemu-img` into nothing.
     fn reads(&mut self) -> Result<()> {
-        for name in ["plain", "zlib", "zstd"] {
+        for name in KINDS {
             let path = self.path(name);
             let target = format!("driver=null-co,size={}", self.size);
             let start = Instant::now();
@@ -173,6 +179,43 @@ impl Lanes<'_> {
             fs::remove_file(&ours)?;
         }
         let _ = fs::remove_file(&theirs);
+        Ok(())
+    }
+
+    /// Whether a file holds what the raw one holds that it was made of: all of both is read.
+    fn comparisons(&mut self) -> Result<()> {
+        let raw = self.path("raw");
+        for name in KINDS {
+            let path = self.path(name);
+            let start = Instant::now();
+            qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw"], &[], &[&path, &raw])?;
+            let theirs = start.elapsed().as_secs_f64();
+            let start = Instant::now();
+            inspect("compare", &[&path, &raw])?;
+            self.enter(format!("compare_{name}_to_qemu_img"), theirs / start.elapsed().as_secs_f64());
+        }
+        Ok(())
+    }
+
+    /// A qcow2 file becomes a raw one.
+    fn conversions(&mut self) -> Result<()> {
+        let (ours, theirs) = (self.path("ours"), self.path("theirs"));
+        for name in KINDS {
+            let path = self.path(name);
+            let start = Instant::now();
+            inspect("convert", &[&path, &ours])?;
+            let spent = start.elapsed().as_secs_f64();
+            self.enter(format!("convert_{name}_mib_per_s"), self.size as f64 / spent / f64::from(1 << 20));
+            qemu_img(&["compare", "-q", "-f", "raw", "-F", "raw"], &[], &[&ours, &self.path("raw")])?;
+            fs::remove_file(&ours)?;
+            for (peer, words) in [("defaults", &[][..]), ("m2_w", &["-m", "2", "-W"])] {
+                let start = Instant::now();
+                qemu_img(&["convert", "-f", "qcow2", "-O", "raw"], words, &[&path, &theirs])?;
+                let time = start.elapsed().as_secs_f64();
+                self.enter(format!("convert_{name}_to_qemu_img_{peer}"), time / spent);
+                fs::remove_file(&theirs)?;
+            }
+        }
         Ok(())
     }
 }
@@ -263,6 +306,18 @@ fn make_source(path: &Path, size: usize) -> Result<()> {
         at += read;
     }
     (&file).flush()?;
+    Ok(())
+}
+
+/// A verb of `bedplate-inspect` over these files.
+fn inspect(verb: &str, files: &[&Path]) -> Result<()> {
+    let program = std::env::current_exe()?.with_file_name("bedplate-inspect");
+    let output = Command::new(&program)
+        .arg(verb)
+        .args(files)
+        .output()
+        .with_context(|| format!("{}; build it with -p bedplate-inspect", program.display()))?;
+    ensure!(output.status.success(), "inspect {verb}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
 

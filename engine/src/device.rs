@@ -8,6 +8,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::{
     error::{Error, Result},
+    exec::asynchronous::Asynchronous,
     units::{ByteLen, ByteRange},
 };
 
@@ -120,6 +121,11 @@ pub trait BlockDevice: Send + Sync {
 
     fn flush(&self) -> Result<()> {
         wait(self, Request::Flush).result
+    }
+
+    /// For a worker, which must not wait; without it, threads that may wait call the methods above.
+    fn asynchronous(&self) -> Option<&dyn Asynchronous> {
+        None
     }
 }
 

@@ -3,6 +3,7 @@
 //! Nothing here knows HTTP, tokio, clap or FUSE. Start with `docs/design.md` (why it is right) and `docs/format.md`
 //! (the bytes on disk); then [`device`], the boundary to front ends.
 
+pub mod buffer;
 pub mod cow;
 pub mod device;
 pub mod error;

@@ -10,8 +10,11 @@ use std::{
     ffi::OsStr,
     io,
     path::Path,
-    sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
 };
 
 use fuser::{
@@ -24,21 +27,13 @@ use fuser::{
 use crate::{
     buffer::{REQUEST_BYTES_MAX, with_buffer},
     handles::{Listed, Route},
-    served::Served,
+    served::{ATTRIBUTE_TTL, NAME_LEN_MAX, NAME_TTL, Served},
     tree::IO_SIZE,
 };
 
 /// Requests that the kernel hands over at once without a waiting thread behind each: asynchronous direct I/O and
 /// read-ahead. Twice what a client at depth 128 with two jobs sends.
 const BACKGROUND_MAX: u16 = 512;
-
-/// How long a name stands: until it is invalidated, or found to name nothing that is.
-const NAME_TTL: Duration = Duration::from_secs(3600);
-/// How long attributes stand. Size changes are invalidated; allocated bytes and times move by themselves.
-const ATTRIBUTE_TTL: Duration = Duration::from_secs(1);
-
-/// Longest name that the kernel lets through.
-const NAME_LEN_MAX: u32 = 255;
 
 /// Without these the mount works, with less speed or without shared mappings of volumes.
 const WISHES: [InitFlags; 5] = [
@@ -51,14 +46,33 @@ const WISHES: [InitFlags; 5] = [
 ];
 
 /// The file system as `fuser` sees it.
-pub(crate) struct Classic(pub(crate) Arc<Served>);
+pub(crate) struct Classic {
+    pub(crate) served: Arc<Served>,
+    pub(crate) terms: Arc<Terms>,
+}
 
-/// The flags of an open reply. A volume is never cached, and its writers are not made to wait for one another.
-fn open_flags(route: &Route) -> FopenFlags {
-    match route {
-        Route::Direct => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
-        Route::Cached => FopenFlags::FOPEN_KEEP_CACHE,
-        Route::Passthrough(_) => FopenFlags::empty(),
+/// What INIT asks for on behalf of rings, and what came of it.
+#[derive(Debug, Default)]
+pub(crate) struct Terms {
+    /// How long a request may be and how many are in work at once; without rings there is nothing to ask for.
+    pub(crate) rings: Option<(usize, usize)>,
+    /// Whether the kernel offered rings, and was told to use them.
+    pub(crate) accepted: AtomicBool,
+}
+
+impl Terms {
+    fn request_bytes_max(&self) -> u32 {
+        match self.rings {
+            Some((bytes, _)) if self.accepted.load(Ordering::Relaxed) => {
+                u32::try_from(bytes).map_or(REQUEST_BYTES_MAX, |bytes| bytes.min(REQUEST_BYTES_MAX))
+            }
+            Some(_) | None => REQUEST_BYTES_MAX,
+        }
+    }
+
+    fn background_max(&self) -> u16 {
+        let depth = self.rings.map_or(0, |(_, depth)| depth);
+        u16::try_from(2 * depth).map_or(u16::MAX, |twice| twice.max(BACKGROUND_MAX))
     }
 }
 
@@ -69,26 +83,36 @@ impl Filesystem for Classic {
                 tracing::info!(?wish, "the kernel does not offer this");
             }
         }
+        if self.terms.rings.is_some() && config.add_capabilities(InitFlags::FUSE_OVER_IO_URING).is_ok() {
+            self.terms.accepted.store(true, Ordering::Relaxed);
+        }
         let refused = |nearest| io::Error::other(format!("INIT: the nearest value that works is {nearest}"));
-        config.set_max_write(REQUEST_BYTES_MAX).map_err(refused)?;
-        config.set_max_background(BACKGROUND_MAX).map_err(|nearest| refused(nearest.into()))?;
+        let (bytes, background) = (self.terms.request_bytes_max(), self.terms.background_max());
+        config.set_max_write(bytes).map_err(refused)?;
+        // A ring's entry has no room for more than the longest write.
+        if self.terms.accepted.load(Ordering::Relaxed)
+            && let Err(offered) = config.set_max_readahead(bytes)
+        {
+            config.set_max_readahead(offered.min(bytes)).map_err(refused)?;
+        }
+        config.set_max_background(background).map_err(|nearest| refused(nearest.into()))?;
         if config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH) {
             // One: the images' own files lie on a file system that is not stacked itself.
             config.set_max_stack_depth(1).map_err(refused)?;
-            self.0.passthrough.store(true, Ordering::Relaxed);
+            self.served.passthrough.store(true, Ordering::Relaxed);
         }
         Ok(())
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.0.lookup(parent, name) {
+        match self.served.lookup(parent, name) {
             Ok((attr, generation)) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &NAME_TTL, &attr, generation),
             Err(errno) => reply.error(errno),
         }
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.0.attr(ino) {
+        match self.served.attr(ino) {
             Ok(attr) => reply.attr(&ATTRIBUTE_TTL, &attr),
             Err(errno) => reply.error(errno),
         }
@@ -115,19 +139,17 @@ impl Filesystem for Classic {
         if mode.is_some() || uid.is_some() || gid.is_some() {
             return reply.error(Errno::EPERM);
         }
-        match self.0.set_attr(ino, size) {
+        match self.served.set_attr(ino, size) {
             Ok(attr) => reply.attr(&ATTRIBUTE_TTL, &attr),
             Err(errno) => reply.error(errno),
         }
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        match self.0.open(ino, flags, |file| reply.open_backing(file)) {
+        match self.served.open(ino, flags) {
             Ok((number, route)) => match &route {
-                Route::Passthrough(id) => {
-                    reply.opened_passthrough(FileHandle(number), open_flags(&route), id)
-                }
-                Route::Direct | Route::Cached => reply.opened(FileHandle(number), open_flags(&route)),
+                Route::Passthrough(backing) => backing.answer(reply, FileHandle(number)),
+                Route::Direct | Route::Cached => reply.opened(FileHandle(number), route.open_flags()),
             },
             Err(errno) => reply.error(errno),
         }
@@ -144,7 +166,7 @@ impl Filesystem for Classic {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        with_buffer(|buffer| match self.0.read(fh, buffer, offset, size) {
+        with_buffer(|buffer| match self.served.read(fh, buffer, offset, size) {
             Ok(bytes) => reply.data(bytes),
             Err(errno) => reply.error(errno),
         });
@@ -162,7 +184,7 @@ impl Filesystem for Classic {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        match self.0.write(fh, data, offset, flags).map(u32::try_from) {
+        match self.served.write(fh, data, offset, flags).map(u32::try_from) {
             Ok(Ok(len)) => reply.written(len),
             // A request is never as long as 4 GiB.
             Ok(Err(_)) => reply.error(Errno::EIO),
@@ -171,7 +193,7 @@ impl Filesystem for Classic {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
-        empty(reply, self.0.flush(fh));
+        empty(reply, self.served.flush(fh));
     }
 
     fn fallocate(
@@ -184,11 +206,11 @@ impl Filesystem for Classic {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        empty(reply, self.0.allocate(fh, mode, offset, length));
+        empty(reply, self.served.allocate(fh, mode, offset, length));
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        match self.0.seek(fh, offset, whence) {
+        match self.served.seek(fh, offset, whence) {
             Ok(offset) => reply.offset(offset),
             Err(errno) => reply.error(errno),
         }
@@ -208,18 +230,18 @@ impl Filesystem for Classic {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        empty(reply, self.0.release(fh));
+        empty(reply, self.served.release(fh));
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        match self.0.open_directory(ino) {
+        match self.served.open_directory(ino) {
             Ok(number) => reply.opened(FileHandle(number), FopenFlags::empty()),
             Err(errno) => reply.error(errno),
         }
     }
 
     fn readdir(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let Some(names) = self.0.handles.directory(fh.0) else { return reply.error(Errno::EBADF) };
+        let Some(names) = self.served.handles.directory(fh.0) else { return reply.error(Errno::EBADF) };
         // Entries count from 1, so that an entry's offset is where the next one is found.
         for (Listed { ino, kind, name }, next) in
             names.iter().zip(1..).skip(usize::try_from(offset).unwrap_or(usize::MAX))
@@ -232,7 +254,7 @@ impl Filesystem for Classic {
     }
 
     fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
-        self.0.handles.release_directory(fh.0);
+        self.served.handles.release_directory(fh.0);
         reply.ok();
     }
 
@@ -242,7 +264,7 @@ impl Filesystem for Classic {
 
     /// No space of its own: what a disk has left is the node's to say, per disk.
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        reply.statfs(0, 0, 0, self.0.file_count(), 0, IO_SIZE, NAME_LEN_MAX, IO_SIZE);
+        reply.statfs(0, 0, 0, self.served.file_count(), 0, IO_SIZE, NAME_LEN_MAX, IO_SIZE);
     }
 
     // Names are the node's to give and to take: `bedplate volume create`, `delete` and so on.

@@ -82,23 +82,38 @@ pub(crate) fn durability(open_flags: i32) -> Durability {
     if open_flags & libc::O_DSYNC == 0 { Durability::Volatile } else { Durability::Fua }
 }
 
-/// Fill the start of `buffer` with `len` bytes from `offset`, fewer at the end, none past it.
+/// How many of `len` bytes from `offset` a read gets, into a buffer with `room`: fewer at the end, none past it.
+pub(crate) fn readable(device: &dyn BlockDevice, offset: u64, len: u32, room: usize) -> Result<usize, Fault> {
+    let left = device.geometry().size.0.saturating_sub(offset);
+    let len = to_usize(u64::from(len).min(left));
+    // Never a short read instead: the client would take it for the end.
+    if len > room { Err(Fault::Refused(Errno::EINVAL)) } else { Ok(len) }
+}
+
+/// Fill the start of `buffer` with as many of `len` bytes from `offset` as there are.
 pub(crate) fn read<'b>(
     device: &dyn BlockDevice,
     buffer: &'b mut [u8],
     offset: u64,
     len: u32,
 ) -> Result<&'b [u8], Fault> {
-    let left = device.geometry().size.0.saturating_sub(offset);
-    let len = to_usize(u64::from(len).min(left));
-    let Some(buffer) = buffer.get_mut(..len) else {
-        // Never a short read instead: the client would take it for the end.
-        return Err(Fault::Refused(Errno::EINVAL));
-    };
+    let len = readable(device, offset, len, buffer.len())?;
+    let buffer = &mut buffer[..len];
     if len > 0 {
         device.read_at(buffer, offset)?;
     }
     Ok(buffer)
+}
+
+/// How many of `len` bytes at `offset` are written: those within the size. None at all is "no space", unless nothing was
+/// to be written.
+pub(crate) fn writable_len(device: &dyn BlockDevice, offset: u64, len: usize) -> Result<usize, Fault> {
+    let size = writable(device)?;
+    match (len, to_usize(size.saturating_sub(offset))) {
+        (0, _) => Ok(0),
+        (_, 0) => Err(Fault::Refused(Errno::ENOSPC)),
+        (len, left) => Ok(len.min(left)),
+    }
 }
 
 /// Write what lies within the size, and say how much that was.
@@ -108,17 +123,11 @@ pub(crate) fn write(
     offset: u64,
     durability: Durability,
 ) -> Result<usize, Fault> {
-    let size = writable(device)?;
-    if data.is_empty() {
-        return Ok(0);
+    let len = writable_len(device, offset, data.len())?;
+    if len > 0 {
+        device.write_at(&data[..len], offset, durability)?;
     }
-    let left = to_usize(size.saturating_sub(offset));
-    if left == 0 {
-        return Err(Fault::Refused(Errno::ENOSPC));
-    }
-    let data = &data[..data.len().min(left)];
-    device.write_at(data, offset, durability)?;
-    Ok(data.len())
+    Ok(len)
 }
 
 /// Carry out a `fallocate`. A range is longer than a request may be, so it goes down in pieces; a durable one is

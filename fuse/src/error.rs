@@ -4,6 +4,8 @@
 
 use std::{io, path::PathBuf};
 
+use crate::uring::NoRings;
+
 pub type Result<T, E = MountError> = std::result::Result<T, E>;
 
 /// Why there is no mount, and what to do about it.
@@ -27,6 +29,9 @@ pub enum MountError {
     /// Too many dead mounts lie on top of one another.
     #[error("{} holds more than {max} dead mounts; unmount them by hand", dir.display())]
     TooManyStale { dir: PathBuf, max: usize },
+    /// Rings were asked for and cannot be had.
+    #[error(transparent)]
+    NoRings(#[from] NoRings),
     /// A thread did not start.
     #[error("start a thread: {0}")]
     Thread(#[source] io::Error),

@@ -15,9 +15,13 @@ use std::{
 };
 
 use bedplate_engine::device::{BlockDevice, Durability};
-use fuser::{BackingId, FileType, INodeNo};
+use fuser::{Errno, FileType, FopenFlags, INodeNo};
 
-use crate::namespace::{FileId, Kind, OpenFile};
+use crate::{
+    backing::Backing,
+    errno::Fault,
+    namespace::{FileId, Kind, OpenFile},
+};
 
 /// Most files that are open at once through one mount.
 pub(crate) const OPEN_FILES_MAX: usize = 1 << 16;
@@ -57,7 +61,7 @@ pub(crate) struct Handle {
 pub(crate) enum Route {
     Direct,
     Cached,
-    Passthrough(Arc<BackingId>),
+    Passthrough(Arc<Backing>),
 }
 
 /// One name in a directory, as it was when the directory was opened.
@@ -86,13 +90,27 @@ struct OpenInode {
 }
 
 impl Handle {
-    /// Whether this is the first fault of this handle.
-    pub(crate) fn first_fault(&self) -> bool {
-        !self.reported.swap(true, Ordering::Relaxed)
+    /// The number that answers a request on this handle which failed. A fault of the device is logged the first time.
+    pub(crate) fn report(&self, op: &'static str, fault: &Fault) -> Errno {
+        if let Fault::Device(error) = fault
+            && !self.reported.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(op, file = %self.file, %error, "a request failed; further ones of this opening are not logged");
+        }
+        fault.errno()
     }
 }
 
 impl Route {
+    /// The flags of an open reply. A volume is never cached, and its writers are not made to wait for one another.
+    pub(crate) fn open_flags(&self) -> FopenFlags {
+        match self {
+            Route::Direct => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            Route::Cached => FopenFlags::FOPEN_KEEP_CACHE,
+            Route::Passthrough(_) => FopenFlags::FOPEN_PASSTHROUGH,
+        }
+    }
+
     pub(crate) fn io_path(&self) -> IoPath {
         match self {
             Route::Direct => IoPath::Direct,
@@ -110,7 +128,7 @@ impl Handles {
         file: FileId,
         opened: OpenFile,
         durability: Durability,
-        back: impl FnOnce(&File) -> Option<BackingId>,
+        back: impl FnOnce(&File) -> Option<Backing>,
     ) -> Result<(u64, Route), TooMany> {
         let OpenFile { device, passthrough, hold } = opened;
         let mut tables = self.write();

@@ -1,6 +1,6 @@
 //! A mount's life: made, served, told of changes, ended by us or by somebody else.
 //!
-//! Owns [`Mount`] and the thread that runs the transport. States: *serving* until the kernel ends the connection, then
+//! Owns [`Mount`]. States: *serving* until the kernel ends the connection, then
 //! *ended* with the reason ([`Ended`]), which never changes again. Whoever ends it, open files are let go of then.
 //! Every wait has a deadline: [`Mount::stop`] unmounts; where that is refused it detaches and waits for the users to
 //! go; at the deadline it cuts them off.
@@ -15,30 +15,30 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, Once, PoisonError,
         atomic::{AtomicBool, Ordering},
-        mpsc::{self, SyncSender},
+        mpsc,
     },
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
-use fuser::{Config, Notifier, Session, SessionACL};
 use nix::{
     errno::Errno,
-    libc,
     unistd::{getgid, getuid},
 };
 
 use crate::{
-    classic::Classic,
     connection,
     error::{MountError, Result},
     handles::{Handles, IoPath},
     invalidate::{Change, Invalidator},
+    latency::Wakefulness,
     mountinfo::MountEntry,
     namespace::{FileId, Namespace},
-    options::{MountOptions, THREADS_MAX},
+    options::{Latency, MountOptions, THREADS_MAX, TransportChoice},
     served::Served,
+    transport::{self, Started, Transport},
     tree::{Owner, Tree},
+    uring::NoRings,
     warm::Warming,
 };
 
@@ -98,7 +98,7 @@ pub struct Mount {
 
 /// The one-way switch from serving to ended.
 #[derive(Default)]
-struct End {
+pub(crate) struct End {
     reason: Mutex<Option<Ended>>,
     changed: Condvar,
 }
@@ -112,6 +112,9 @@ impl Mount {
         let dir = absolute(dir)?;
         connection::clear_stale(&dir)?;
         check_directory(&dir)?;
+        let device = OpenOptions::new().read(true).write(true).open(connection::DEVICE);
+        let device = device.map_err(|e| MountError::io("open", connection::DEVICE, e))?;
+        let device = Arc::new(OwnedFd::from(device));
         let served = Arc::new(Served {
             namespace,
             owner: Owner { uid: getuid().as_raw(), gid: getgid().as_raw() },
@@ -119,13 +122,19 @@ impl Mount {
             handles: Handles::default(),
             started: SystemTime::now(),
             passthrough: AtomicBool::new(false),
+            device: Arc::downgrade(&device),
+            rings: AtomicBool::new(false),
+            awake: awake(options.latency),
             warming: Warming::new(options.threads.get()),
             options,
         });
-        let device = OpenOptions::new().read(true).write(true).open(connection::DEVICE);
-        let device = OwnedFd::from(device.map_err(|e| MountError::io("open", connection::DEVICE, e))?);
         let entry = connection::attach(&dir, device.as_fd(), served.options.sharing)?;
+        let device_number = entry.device;
         Mount::serve(dir.clone(), entry, device, served).inspect_err(|_| {
+            // Nobody uses it yet, and what the start itself asked for need not be waited for.
+            if let Err(error) = connection::abort(device_number) {
+                tracing::warn!(dir = %dir.display(), %error, "the connection of a mount that was given up was not cut");
+            }
             if let Err(error) = connection::detach(&dir) {
                 tracing::warn!(dir = %dir.display(), %error, "a mount that was given up stays");
             }
@@ -152,6 +161,11 @@ impl Mount {
     /// The path of a file's bytes while it is open, else `None`.
     pub fn io_path(&self, file: FileId) -> Option<IoPath> {
         self.served.handles.io_path(file)
+    }
+
+    /// How requests come.
+    pub fn transport(&self) -> Transport {
+        self.served.transport()
     }
 
     /// Files that are open through this mount.
@@ -181,19 +195,30 @@ impl Mount {
         self.stop_by(Instant::now() + timeout)
     }
 
-    fn serve(dir: PathBuf, entry: MountEntry, device: OwnedFd, served: Arc<Served>) -> Result<Mount> {
+    fn serve(dir: PathBuf, entry: MountEntry, device: Arc<OwnedFd>, served: Arc<Served>) -> Result<Mount> {
         let end = Arc::new(End::default());
-        let (ready, notifier) = mpsc::sync_channel(1);
-        let transport = Transport { device, served: served.clone(), end: end.clone(), entry: entry.clone() };
+        let (ready, started) = mpsc::sync_channel(1);
+        let server =
+            transport::Server { device, served: served.clone(), end: end.clone(), entry: entry.clone() };
         thread::Builder::new()
             .name("fuse-transport".into())
-            .spawn(move || transport.run(&ready))
+            .spawn(move || server.run(&ready))
             .map_err(MountError::Thread)?;
-        let notifier = notifier
-            .recv_timeout(HANDSHAKE_MAX)
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(|e| MountError::io("start serving", &dir, e))?;
-        served.warming.gather(&dir, served.options.threads.get());
+        let timed_out = || MountError::io("start serving", &dir, io::ErrorKind::TimedOut);
+        let Started { notifier, expected } =
+            started.recv_timeout(HANDSHAKE_MAX).unwrap_or_else(|_| Err(timed_out()))?;
+        match transport::find_out(&served, &dir, expected, HANDSHAKE_MAX) {
+            Some(Transport::Uring) => served.warming.end(),
+            Some(Transport::Classic) if served.options.transport == TransportChoice::Uring => {
+                return Err(MountError::NoRings(match expected {
+                    Transport::Classic => NoRings::NotOffered,
+                    Transport::Uring => NoRings::NotTaken,
+                }));
+            }
+            Some(Transport::Classic) => served.warming.gather(&dir, served.options.threads.get()),
+            None => return Err(timed_out()),
+        }
+        tracing::info!(dir = %dir.display(), transport = served.transport().name(), "mounted");
         connection::raise_read_ahead(entry.device);
         let invalidator = Invalidator::start(notifier, served.tree.clone())?;
         Ok(Mount { dir, entry, served, end, invalidator, stopped: AtomicBool::new(false) })
@@ -299,7 +324,7 @@ impl fmt::Debug for Mount {
 }
 
 impl End {
-    fn set(&self, reason: Ended) {
+    pub(crate) fn set(&self, reason: Ended) {
         self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
         self.changed.notify_all();
     }
@@ -309,6 +334,16 @@ impl End {
         let left = deadline.saturating_duration_since(Instant::now());
         let waited = self.changed.wait_timeout_while(reason, left, |reason| reason.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+}
+
+/// What keeps processors awake, if that is wanted and allowed.
+fn awake(latency: Latency) -> Option<Wakefulness> {
+    match latency {
+        Latency::Normal => None,
+        Latency::Low => Wakefulness::start()
+            .inspect_err(|error| tracing::warn!(%error, "processors are not kept awake, /dev/cpu_dma_latency does not open"))
+            .ok(),
     }
 }
 
@@ -331,51 +366,6 @@ pub fn serve_io() {
                  shares with the mount's users may then stop both"
             );
         });
-    }
-}
-
-/// What runs on the transport's own thread.
-struct Transport {
-    device: OwnedFd,
-    served: Arc<Served>,
-    end: Arc<End>,
-    entry: MountEntry,
-}
-
-impl Transport {
-    fn run(self, ready: &SyncSender<io::Result<Notifier>>) {
-        // Threads inherit it: `fuser` makes its serving threads from this one.
-        serve_io();
-        let mut config = Config::default();
-        config.clone_fd = true;
-        config.n_threads = Some(self.served.options.threads.get());
-        // Who may enter is checked by the kernel; `fuser` would refuse requests that the kernel sends for nobody.
-        let session = Session::from_fd(Classic(self.served.clone()), self.device, SessionACL::All, config);
-        let result = session.and_then(|session| {
-            // Refused only if the start was given up; then the session ends as well.
-            ready.send(Ok(session.notifier())).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-            session.run()
-        });
-        let ended = match &result {
-            // A forced unmount cuts the connection, and leaves the mount where it is if that is busy.
-            Ok(()) if connection::is_mounted(self.entry.device) => Ended::Aborted,
-            Ok(()) => Ended::Unmounted,
-            Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ended::Aborted,
-            Err(error) => {
-                // Threads and descriptors may be left that nobody serves: no request is to wait for them.
-                if let Err(error) = connection::abort(self.entry.device) {
-                    tracing::warn!(%error, "the connection of a failed mount was not cut");
-                }
-                Ended::Failed(error.to_string())
-            }
-        };
-        tracing::info!(dir = %self.entry.mount_point.display(), ?ended, "the mount has ended");
-        self.served.handles.clear();
-        self.end.set(ended);
-        if let Err(error) = result {
-            // Heard only before the handshake; later on the channel's other end is gone.
-            let _ = ready.try_send(Err(error));
-        }
     }
 }
 

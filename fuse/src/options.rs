@@ -1,4 +1,4 @@
-//! How a mount is made: who may use its files, and how many threads serve it.
+//! How a mount is made: who may use its files, and by which transport and how many threads it is served.
 //!
 //! Owns [`MountOptions`] with its defaults. The limits of the transport are constants next to what they limit.
 
@@ -16,8 +16,33 @@ pub struct MountOptions {
     pub image_mode: Mode,
     /// Who may enter the mount at all.
     pub sharing: Sharing,
-    /// Threads that read `/dev/fuse`: as many requests are in work at once. At most [`THREADS_MAX`].
+    /// Threads that read `/dev/fuse`: as many requests are in work at once. Where rings serve, as many threads answer
+    /// what may wait. At most [`THREADS_MAX`].
     pub threads: NonZeroUsize,
+    pub transport: TransportChoice,
+    pub latency: Latency,
+}
+
+/// What a mount does about processors that would sleep between two requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Latency {
+    /// Nothing.
+    #[default]
+    Normal,
+    /// Keeps them awake while requests come.
+    Low,
+}
+
+/// How requests are to come from the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TransportChoice {
+    /// By rings where they can be had, else on `/dev/fuse`; the log says why.
+    #[default]
+    Auto,
+    /// By rings, or the mount is not made.
+    Uring,
+    /// On `/dev/fuse`.
+    Classic,
 }
 
 /// Permission bits, `0o777` at most.
@@ -57,6 +82,8 @@ impl Default for MountOptions {
             image_mode: Mode(0o400),
             sharing: Sharing::Owner,
             threads: THREADS_DEFAULT,
+            transport: TransportChoice::Auto,
+            latency: Latency::Normal,
         }
     }
 }

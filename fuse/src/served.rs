@@ -9,28 +9,38 @@ use std::{
     collections::HashSet,
     ffi::OsStr,
     fs::File,
-    io,
+    os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use bedplate_engine::{device::Access, error::Error};
-use fuser::{BackingId, Errno, FileAttr, FileHandle, FileType, Generation, INodeNo, OpenAccMode, OpenFlags};
+use fuser::{Errno, FileAttr, FileHandle, FileType, Generation, INodeNo, OpenAccMode, OpenFlags};
 
 use crate::{
+    backing::Backing,
     buffer::with_aligned,
     device_file::{self, Allocation, Seek},
     errno::Fault,
     handles::{Handle, Handles, Listed, Route, TooMany},
+    latency::Wakefulness,
     namespace::{FileEntry, FileId, Kind, ListedFile, Namespace},
     options::MountOptions,
+    transport::Transport,
     tree::{self, Full, Node, Owner, Tree},
     warm::Warming,
 };
+
+/// How long a name stands: until it is invalidated, or found to name nothing that is.
+pub(crate) const NAME_TTL: Duration = Duration::from_secs(3600);
+/// How long attributes stand. Size changes are invalidated; allocated bytes and times move by themselves.
+pub(crate) const ATTRIBUTE_TTL: Duration = Duration::from_secs(1);
+/// Longest name that the kernel lets through.
+pub(crate) const NAME_LEN_MAX: u32 = 255;
 
 /// The files of one mount.
 pub(crate) struct Served {
@@ -43,6 +53,12 @@ pub(crate) struct Served {
     pub(crate) started: SystemTime,
     /// Whether the kernel offers passthrough; INIT says.
     pub(crate) passthrough: AtomicBool,
+    /// The connection, as long as the transport has it.
+    pub(crate) device: Weak<OwnedFd>,
+    /// Whether a request has come by a ring; then all do.
+    pub(crate) rings: AtomicBool,
+    /// Told of requests, if processors are to be kept awake for them.
+    pub(crate) awake: Option<Wakefulness>,
     /// Over once the mount has started.
     pub(crate) warming: Warming,
 }
@@ -67,6 +83,11 @@ impl From<TooMany> for Fault {
 }
 
 impl Served {
+    /// How requests come: the way that the first one came.
+    pub(crate) fn transport(&self) -> Transport {
+        if self.rings.load(Ordering::Relaxed) { Transport::Uring } else { Transport::Classic }
+    }
+
     pub(crate) fn lookup(&self, parent: INodeNo, name: &OsStr) -> Answer<(FileAttr, Generation)> {
         self.answer("lookup", || match self.node(parent)? {
             Node::Root => {
@@ -104,13 +125,7 @@ impl Served {
         })
     }
 
-    /// Open a file; `register` hands the image's own file to the kernel.
-    pub(crate) fn open(
-        &self,
-        ino: INodeNo,
-        flags: OpenFlags,
-        register: impl FnOnce(&File) -> io::Result<BackingId>,
-    ) -> Answer<(u64, Route)> {
+    pub(crate) fn open(&self, ino: INodeNo, flags: OpenFlags) -> Answer<(u64, Route)> {
         self.answer("open", || {
             let file = self.file(ino)?;
             let opened = self.namespace.open(file).map_err(|error| match error {
@@ -126,8 +141,16 @@ impl Served {
                 return Err(Fault::Refused(Errno::EROFS));
             }
             let durability = device_file::durability(flags.0);
-            Ok(self.handles.open(file, opened, durability, |file| self.back(file, register))?)
+            Ok(self.handles.open(file, opened, durability, |file| self.back(file))?)
         })
+    }
+
+    /// An open file, for a transport that carries its requests out by itself.
+    pub(crate) fn handle(&self, fh: FileHandle) -> Answer<Arc<Handle>> {
+        if let Some(awake) = &self.awake {
+            awake.busy();
+        }
+        self.handles.file(fh.0).ok_or(Errno::EBADF)
     }
 
     pub(crate) fn release(&self, fh: FileHandle) -> Answer<()> {
@@ -227,11 +250,11 @@ impl Served {
     }
 
     /// Register the image's own file with the kernel. Any refusal means cached reads.
-    fn back(&self, file: &File, register: impl FnOnce(&File) -> io::Result<BackingId>) -> Option<BackingId> {
+    fn back(&self, file: &File) -> Option<Backing> {
         if !self.passthrough.load(Ordering::Relaxed) {
             return None;
         }
-        match register(file) {
+        match Backing::register(&self.device, file) {
             Ok(id) => Some(id),
             Err(error) => {
                 tracing::info!(%error, "the kernel does not pass this file through; its reads are cached");
@@ -266,15 +289,8 @@ impl Served {
         op: &'static str,
         work: impl FnOnce(&Handle) -> Outcome<T>,
     ) -> Answer<T> {
-        let handle = self.handles.file(fh.0).ok_or(Errno::EBADF)?;
-        guard(|| work(&handle)).map_err(|fault| {
-            if let Fault::Device(error) = &fault
-                && handle.first_fault()
-            {
-                tracing::warn!(op, file = %handle.file, %error, "a request failed; further ones of this opening are not logged");
-            }
-            fault.errno()
-        })
+        let handle = self.handle(fh)?;
+        guard(|| work(&handle)).map_err(|fault| handle.report(op, &fault))
     }
 
     /// Run `work` that has no open file yet.
@@ -288,7 +304,8 @@ impl Served {
     }
 }
 
-fn guard<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+/// Run what a request needs of the node or of a device; a panic there is this request's error.
+pub(crate) fn guard<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         tracing::error!("a request panicked; it is answered with an I/O error");
         Err(Fault::Refused(Errno::EIO))

@@ -105,7 +105,8 @@ impl Warming {
         true
     }
 
-    fn end(&self) {
+    /// Nobody is to be waited for any more.
+    pub(crate) fn end(&self) {
         *self.meeting.lock().unwrap_or_else(PoisonError::into_inner) = Meeting::Over;
         self.changed.notify_all();
     }

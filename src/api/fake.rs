@@ -70,6 +70,7 @@ fn volume(name: &str, size_bytes: u64) -> Volume {
         snapshots: Vec::new(),
         path: Some(format!("/mnt/volumes/{name}")),
         device: None,
+        io_path: Some(IoPath::Uring),
         created_at: Some(Timestamp::UNIX_EPOCH),
         disk: "/disk".to_owned(),
         message: None,
@@ -89,7 +90,9 @@ pub fn image(name: &str) -> Image {
         allocated_bytes: 4096,
         sha512: Some("0".repeat(128)),
         source: "/a".to_owned(),
+        sources: Vec::new(),
         copies: Vec::new(),
+        io_path: None,
         created_at: Some(Timestamp::UNIX_EPOCH),
     }
 }
@@ -109,6 +112,7 @@ impl Node for FakeNode {
             pid: 1,
             started_at: Timestamp::UNIX_EPOCH,
             mount: None,
+            transport: Some(Transport::Uring),
             disks: vec![Disk {
                 id: None,
                 path: "/disk".to_owned(),
@@ -116,6 +120,7 @@ impl Node for FakeNode {
                 message: Some("unplugged".to_owned()),
                 size_bytes: 10,
                 free_bytes: 5,
+                executor: Some(Executor::Ring),
             }],
             stale_devices: Vec::new(),
         }

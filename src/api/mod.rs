@@ -14,6 +14,6 @@ pub mod socket;
 pub mod types;
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;

@@ -260,6 +260,11 @@ async fn metrics_show_states_disks_and_the_requests_that_were_answered() {
         "bedplate_volume_allocated_bytes{volume=\"root\"} 0",
         "bedplate_disk_free_bytes{disk=\"/disk\"} 5",
         "bedplate_disk_up{disk=\"/disk\"} 0",
+        "bedplate_disk_executor{disk=\"/disk\",executor=\"ring\"} 1",
+        "bedplate_disk_executor{disk=\"/disk\",executor=\"blocking\"} 0",
+        "bedplate_mount_transport{transport=\"uring\"} 1",
+        "bedplate_mount_transport{transport=\"classic\"} 0",
+        "bedplate_open_files{path=\"passthrough\"} 0",
         "bedplate_requests_total{method=\"GET\",route=\"/v1/volumes\",status=\"200\"} 1",
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");

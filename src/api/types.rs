@@ -124,6 +124,15 @@ pub struct Copy {
     pub verification: Option<Verification>,
 }
 
+/// A file that an image was joined from, as it was then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SourceFile {
+    pub path: String,
+    pub size_bytes: u64,
+    /// Of the file as it was: `sha512sum FILE` agrees while it still is.
+    pub sha512: String,
+}
+
 /// An image: immutable bytes with a name and a checksum.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Image {
@@ -145,9 +154,39 @@ pub struct Image {
     pub sha512: Option<String>,
     /// Where it came from, without credentials.
     pub source: String,
+    /// The files that it was joined from, the top of the chain first; left out when its source was one file.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<SourceFile>,
     pub copies: Vec<Copy>,
+    /// Which way its bytes go while its file is open.
+    #[serde(default)]
+    pub io_path: Option<IoPath>,
     #[schema(value_type = Option<String>, format = DateTime)]
     pub created_at: Option<Timestamp>,
+}
+
+/// Which way the bytes of an open file of the mount go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum IoPath {
+    /// Every request to the node, by io_uring.
+    Uring,
+    /// Every request to the node, on /dev/fuse.
+    Classic,
+    /// From the node once, then from the kernel's page cache.
+    Cached,
+    /// From the image's own file, by the kernel alone.
+    Passthrough,
+}
+
+/// How the mount's requests come from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// By io_uring.
+    Uring,
+    /// On /dev/fuse.
+    Classic,
 }
 
 /// The image that a volume stands on.
@@ -183,6 +222,9 @@ pub struct Volume {
     pub path: Option<String>,
     /// The loop device, while it is attached.
     pub device: Option<String>,
+    /// Which way its bytes go while its file is open.
+    #[serde(default)]
+    pub io_path: Option<IoPath>,
     #[schema(value_type = Option<String>, format = DateTime)]
     pub created_at: Option<Timestamp>,
     /// The disk's directory.
@@ -203,6 +245,18 @@ pub struct Disk {
     pub message: Option<String>,
     pub size_bytes: u64,
     pub free_bytes: u64,
+    /// Not known where the disk is not served.
+    pub executor: Option<Executor>,
+}
+
+/// What carries requests out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Executor {
+    /// Workers with an io_uring each.
+    Ring,
+    /// Whoever asks.
+    Blocking,
 }
 
 /// The running node.
@@ -213,6 +267,9 @@ pub struct NodeInfo {
     #[schema(value_type = String, format = DateTime)]
     pub started_at: Timestamp,
     pub mount: Option<String>,
+    /// How the mount's requests come.
+    #[serde(default)]
+    pub transport: Option<Transport>,
     pub disks: Vec<Disk>,
     /// Loop devices over files of a node that is gone, which somebody still uses.
     pub stale_devices: Vec<String>,
@@ -304,7 +361,7 @@ pub struct CreateImage {
     /// The snapshot that is to be the image's content: an internal one of a qcow2 file by id or name, or one of a replica.
     #[serde(default)]
     pub internal_snapshot: Option<String>,
-    /// What a Longhorn replica directory stands on: the absolute path of a raw or qcow2 file.
+    /// What a Longhorn replica directory stands on: the absolute path of a raw or qcow2 file, or `none`.
     #[serde(default)]
     pub backing: Option<String>,
     /// The absolute path of the directory in which the files must lie that a qcow2 file names; all of them become one

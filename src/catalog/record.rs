@@ -11,11 +11,15 @@ use bedplate_engine::{
     image::{Format, device::sectors, qcow2::View},
     units::{ByteLen, ByteOffset, SECTOR_SIZE, VOLUME_SIZE_MAX},
 };
+use bedplate_inspect::source::NO_BACKING;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::name::ImageName;
+use super::{
+    name::ImageName,
+    sources::{self, SourceFile},
+};
 
 /// The version that this program reads and writes.
 pub const RECORD_FORMAT_VERSION: u32 = 1;
@@ -38,6 +42,8 @@ pub struct Published {
     pub virtual_size_bytes: u64,
     pub sha512: String,
     pub stamp: Stamp,
+    /// The files that it was joined from, the top of the chain first; none when its source was one file.
+    pub sources: Vec<SourceFile>,
 }
 
 /// Kinds of failure that a caller may want to tell apart after a restart, too.
@@ -77,10 +83,18 @@ pub enum RecordState {
 /// Where the other files of a source lie whose content is joined into one image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parts {
-    /// What a directory of layers stands on.
+    /// What a directory of layers stands on, or [`NO_BACKING`].
     pub backing: Option<String>,
     /// The directory that the files which a qcow2 file names must lie in.
     pub allow_references: Option<String>,
+}
+
+impl Parts {
+    /// What is no absolute path, and so would mean something else to whoever has another working directory.
+    pub fn relative(&self) -> Option<&str> {
+        let backing = self.backing.as_deref().filter(|path| *path != NO_BACKING);
+        [backing, self.allow_references.as_deref()].into_iter().flatten().find(|path| !path.starts_with('/'))
+    }
 }
 
 /// The record of one image on one disk.
@@ -122,6 +136,8 @@ struct RecordFile {
     backing: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     allow_references: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sources: Option<Vec<SourceFile>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format: Option<Format>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -195,6 +211,7 @@ impl ImageRecord {
             internal_snapshot: self.internal_snapshot.clone(),
             backing: self.parts.backing.clone(),
             allow_references: self.parts.allow_references.clone(),
+            sources: published.map(|p| p.sources.clone()).filter(|sources| !sources.is_empty()),
             format: published.map(|p| p.format),
             size_bytes: published.map(|p| p.stamp.size_bytes),
             virtual_size_bytes: published.map(|p| p.virtual_size_bytes),
@@ -246,9 +263,7 @@ impl RecordFile {
                         "virtual_size_bytes {virtual_size} does not fit size_bytes {size_bytes}"
                     ));
                 }
-                if sha512.len() != 128
-                    || !sha512.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-                {
+                if !sources::is_sha512(&sha512) {
                     return Err("sha512 is not 128 lower-case hexadecimal digits".to_owned());
                 }
                 let (Some(mtime_ns), Some(inode)) = (self.mtime_ns, self.inode) else {
@@ -257,8 +272,24 @@ impl RecordFile {
                 if format == Format::Raw && self.internal_snapshot.is_some() {
                     return Err("a raw file has no internal snapshots".to_owned());
                 }
+                let sources = match self.sources {
+                    None => Vec::new(),
+                    Some(_) if format != Format::Raw || !self.source.starts_with('/') => {
+                        return Err("only a raw image of files of this machine has sources".to_owned());
+                    }
+                    Some(sources) if sources.is_empty() => {
+                        return Err("an image that is joined from no file".to_owned());
+                    }
+                    Some(sources) => {
+                        sources::verify(&sources)?;
+                        sources
+                    }
+                };
                 let stamp = Stamp { size_bytes, mtime_ns, inode };
-                Some(Published { format, virtual_size_bytes: virtual_size, sha512, stamp })
+                Some(Published { format, virtual_size_bytes: virtual_size, sha512, stamp, sources })
+            }
+            (None, None, None, None) if self.sources.is_some() => {
+                return Err("there are sources, but nothing was made of them".to_owned());
             }
             (None, None, None, None) => None,
             _ => return Err("format, size_bytes, virtual_size_bytes and sha512 belong together".to_owned()),
@@ -308,6 +339,7 @@ mod tests {
                 virtual_size_bytes: 1 << 20,
                 sha512: "ab".repeat(64),
                 stamp: Stamp { size_bytes: 1000, mtime_ns: 1, inode: 2 },
+                sources: Vec::new(),
             }),
         }
     }
@@ -353,6 +385,52 @@ mod tests {
         let record = ImageRecord::parse(golden.as_bytes(), Path::new("r")).unwrap();
         assert_eq!(record.directory_name(), "debian-12-0190c3a5");
         assert_eq!(String::from_utf8(record.to_json()).unwrap(), golden);
+    }
+
+    #[test]
+    fn the_files_of_a_joined_image_are_read_as_they_are_written_and_only_where_there_can_be_any() {
+        let source =
+            |path: &str| SourceFile { path: path.to_owned(), size_bytes: 0, sha512: "cd".repeat(64) };
+        let mut record = ready();
+        record.internal_snapshot = None;
+        record.source = "/replica@monday".to_owned();
+        record.state = RecordState::Ready(Published {
+            format: Format::Raw,
+            virtual_size_bytes: 1024,
+            sha512: "ab".repeat(64),
+            stamp: Stamp { size_bytes: 1000, mtime_ns: 1, inode: 2 },
+            sources: vec![source("/replica/head.img"), source("/backing")],
+        });
+        let json = String::from_utf8(record.to_json()).unwrap();
+        assert!(json.contains(
+            r#""path": "/replica/head.img",
+      "size_bytes": 0,
+      "sha512": "cdcd"#
+        ));
+        assert_eq!(ImageRecord::parse(json.as_bytes(), Path::new("r")).unwrap(), record);
+        let list = json.split_once("\"sources\": ").unwrap().1.split_once("\n  ]").unwrap().0;
+        let list = format!("{list}\n  ]");
+        for (from, to, why) in [
+            ("\"/backing\"", "\"backing\"", "absolute"),
+            ("\"sha512\": \"cd", "\"sha512\": \"CD", "sha512"),
+            ("\"size_bytes\": 0", "\"len\": 0", "len"),
+            ("\"size_bytes\": 0", "\"size_bytes\": -1", "-1"),
+            (&list, "[]", "no file"),
+            (&list, "{}", "sequence"),
+            ("\"/replica@monday\"", "\"https://h/replica\"", "raw image of files"),
+            ("\"raw\"", "\"qcow2\"", "raw image of files"),
+        ] {
+            let bad = json.replacen(from, to, 1);
+            assert_ne!(bad, json, "{from}");
+            let error = ImageRecord::parse(bad.as_bytes(), Path::new("r")).unwrap_err();
+            assert!(matches!(error, Error::Corrupt { .. }), "{from}: {error}");
+            assert!(error.to_string().contains(why), "{from}: {error}");
+        }
+        record.state = RecordState::Pending;
+        let pending = String::from_utf8(record.to_json()).unwrap();
+        let bad = pending.replacen("\"source\"", &format!("\"sources\": {list}, \"source\""), 1);
+        let error = ImageRecord::parse(bad.as_bytes(), Path::new("r")).unwrap_err();
+        assert!(error.to_string().contains("nothing was made"), "{error}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode, fchmod};
 use uuid::Uuid;
 
 use super::record::{ImageRecord, Stamp};
-use crate::directory::{Directory, Open};
+use crate::directory::{Directory, Open, Removed};
 
 /// Name of the directory of all images on a disk.
 const IMAGES: &str = "images";
@@ -58,6 +58,11 @@ impl DiskDir {
     pub fn free_bytes(&self) -> Result<u64> {
         self.directory.free_bytes()
     }
+
+    /// Whether files on it can be read past the page cache.
+    pub fn takes_direct_reads(&self) -> bool {
+        self.directory.takes_direct_reads()
+    }
 }
 
 /// The images of one disk.
@@ -70,7 +75,7 @@ pub struct ImageStore {
 /// What lies under one name in `images/`.
 #[derive(Debug)]
 pub enum Found {
-    Image(ImageRecord, ImageDir),
+    Image(Box<ImageRecord>, ImageDir),
     /// It has a record that this program cannot read: it is listed, and keeps its name.
     Unreadable {
         directory: String,
@@ -96,7 +101,7 @@ impl ImageStore {
         for name in self.images.names()? {
             let path = self.images.path().join(&name);
             match self.look(&name) {
-                Ok(Some((record, dir))) => found.push(Found::Image(record, dir)),
+                Ok(Some((record, dir))) => found.push(Found::Image(Box::new(record), dir)),
                 Ok(None) => litter.push(name),
                 Err(error) => found.push(Found::Unreadable { directory: name, path, error }),
             }
@@ -122,8 +127,8 @@ impl ImageStore {
     /// Make the directory of a new image, with its record.
     pub fn create(&self, record: &ImageRecord) -> Result<ImageDir> {
         let name = record.directory_name();
-        let dir = self.images.create_dir(&name)?;
-        let dir = ImageDir { name, dir: Arc::new(dir) };
+        self.images.create_dir(&name)?;
+        let dir = ImageDir { name, images: self.images.clone() };
         dir.write_record(record)?;
         self.images.sync()?;
         Ok(dir)
@@ -131,9 +136,10 @@ impl ImageStore {
 
     /// Remove an image: its record first, then everything.
     pub fn delete(&self, image: &ImageDir) -> Result<()> {
-        if image.dir.exists(RECORD)? {
-            image.dir.rename(RECORD, DELETED)?;
-            image.dir.sync()?;
+        let dir = image.directory()?;
+        if dir.exists(RECORD)? {
+            dir.rename(RECORD, DELETED)?;
+            dir.sync()?;
         }
         self.collect(&image.name)
     }
@@ -157,7 +163,7 @@ impl ImageStore {
             let what = format!("a record that belongs to the directory {:?}", record.directory_name());
             return Err(Error::Unsupported { path, what });
         }
-        Ok(Some((record, ImageDir { name: name.to_owned(), dir: Arc::new(dir) })))
+        Ok(Some((record, ImageDir { name: name.to_owned(), images: self.images.clone() })))
     }
 
     fn collect(&self, name: &str) -> Result<()> {
@@ -172,33 +178,35 @@ impl ImageStore {
     }
 }
 
-/// The directory of one image.
+/// The directory of one image. It is opened when something is done in it: held, ten thousand images would take as many
+/// of the process's open files.
 #[derive(Clone, Debug)]
 pub struct ImageDir {
     name: String,
-    dir: Arc<Directory>,
+    /// The directory of all images.
+    images: Arc<Directory>,
 }
 
 impl ImageDir {
-    pub fn directory(&self) -> &Arc<Directory> {
-        &self.dir
+    pub fn directory(&self) -> Result<Arc<Directory>> {
+        Ok(Arc::new(self.images.open_dir(&self.name)?))
     }
 
     /// Where the verified file is.
     pub fn image_path(&self) -> PathBuf {
-        self.dir.path().join(IMAGE)
+        self.images.path().join(&self.name).join(IMAGE)
     }
 
     pub fn write_record(&self, record: &ImageRecord) -> Result<()> {
-        self.dir.replace(RECORD, &record.to_json())
+        self.directory()?.replace(RECORD, &record.to_json())
     }
 
     pub fn open_image(&self, how: Open) -> Result<File> {
-        self.dir.open_file(IMAGE, how)
+        self.directory()?.open_file(IMAGE, how)
     }
 
     pub fn has_image(&self) -> Result<bool> {
-        self.dir.exists(IMAGE)
+        self.directory()?.exists(IMAGE)
     }
 
     /// Give the arrived, synced file its name and make that durable; the record follows.
@@ -206,36 +214,45 @@ impl ImageDir {
         let path = self.image_path();
         fchmod(file, Mode::from_bits_truncate(0o444)).map_err(|e| Error::io("chmod", &path, e.into()))?;
         file.sync_all().map_err(|e| Error::io("sync", &path, e))?;
-        self.dir.rename(PARTIAL_DATA, IMAGE)?;
-        self.dir.sync()?;
+        let dir = self.directory()?;
+        dir.rename(PARTIAL_DATA, IMAGE)?;
+        dir.sync()?;
         stamp(file, &path)
     }
 
     /// Take back a publication whose record was never written: the arrival goes on where it was.
     pub fn unpublish_file(&self) -> Result<()> {
         // Whoever is not root could not write it otherwise.
-        let file = self.open_image(Open::Read)?;
+        let dir = self.directory()?;
+        let file = dir.open_file(IMAGE, Open::Read)?;
         let mode = Mode::from_bits_truncate(0o600);
         fchmod(&file, mode).map_err(|e| Error::io("chmod", self.image_path(), e.into()))?;
-        self.dir.rename(IMAGE, PARTIAL_DATA)?;
-        self.dir.sync()
+        dir.rename(IMAGE, PARTIAL_DATA)?;
+        dir.sync()
     }
 
     /// Remove what is left of an arrival.
     pub fn discard_partial(&self) -> Result<()> {
-        self.dir.remove_file(PARTIAL_RECORD)?;
-        self.dir.remove_file(PARTIAL_DATA)?;
-        self.dir.sync()
+        let dir = self.directory()?;
+        let record = dir.remove_file(PARTIAL_RECORD)?;
+        let data = dir.remove_file(PARTIAL_DATA)?;
+        match (record, data) {
+            (Removed::Nothing, Removed::Nothing) => Ok(()),
+            (Removed::File, _) | (_, Removed::File) => dir.sync(),
+        }
     }
 
     /// Bytes that the image, or what has arrived of it, takes on the disk.
     pub fn allocated_bytes(&self) -> u64 {
-        [IMAGE, PARTIAL_DATA]
-            .iter()
-            .filter_map(|name| self.dir.open_file(name, Open::Read).ok()?.metadata().ok())
-            .map(|meta| meta.blocks().saturating_mul(512))
-            .sum()
+        let Ok(dir) = self.directory() else { return 0 };
+        let files = [IMAGE, PARTIAL_DATA].iter().filter_map(|name| dir.open_file(name, Open::Read).ok());
+        files.map(|file| allocated(&file)).sum()
     }
+}
+
+/// Bytes that an open file takes on the disk.
+pub fn allocated(file: &File) -> u64 {
+    file.metadata().map_or(0, |meta| meta.blocks().saturating_mul(512))
 }
 
 /// What identifies the content of an open file from outside.
@@ -252,8 +269,9 @@ mod tests {
     #[test]
     fn what_is_taken_back_can_be_written_by_whoever_owns_it() {
         let dir = tempfile::tempdir().unwrap();
-        let held = Arc::new(Directory::open(dir.path()).unwrap());
-        let image = ImageDir { name: "a-01234567".to_owned(), dir: held.clone() };
+        let images = Arc::new(Directory::open(dir.path()).unwrap());
+        let held = images.create_dir("a-01234567").unwrap();
+        let image = ImageDir { name: "a-01234567".to_owned(), images };
         let file = held.open_file(PARTIAL_DATA, Open::CreateWrite).unwrap();
         image.publish_file(&file).unwrap();
         let mode = || file.metadata().unwrap().mode() & 0o777;

@@ -50,6 +50,7 @@ pub enum Failure {
     Usage(String),
     /// An inspection, which has its own exit codes.
     Inspect(bedplate_inspect::Failure),
+    Bench(bedplate_bench::Failure),
     /// A report with findings that are failures; the report itself has been printed.
     Findings {
         count: usize,
@@ -64,6 +65,7 @@ impl Failure {
             Failure::TimedOut { .. } => Code::TimedOut.exit_code(),
             Failure::Usage(_) => 2,
             Failure::Inspect(failure) => failure.exit_code(),
+            Failure::Bench(failure) => failure.exit_code(),
             Failure::Config(_) | Failure::Io { .. } | Failure::Findings { .. } => 1,
         }
     }
@@ -75,6 +77,7 @@ impl Failure {
                 source.kind() == io::ErrorKind::BrokenPipe
             }
             Failure::Inspect(failure) => failure.is_broken_pipe(),
+            Failure::Bench(failure) => failure.is_broken_pipe(),
             _ => false,
         }
     }
@@ -90,6 +93,7 @@ impl Failure {
             | Failure::Io { .. }
             | Failure::Usage(_)
             | Failure::Inspect(_)
+            | Failure::Bench(_)
             | Failure::Findings { .. } => None,
         }
     }
@@ -107,6 +111,7 @@ impl fmt::Display for Failure {
             Failure::Io { what, source } => write!(f, "{what}: {source}")?,
             Failure::Usage(text) => f.write_str(text)?,
             Failure::Inspect(failure) => write!(f, "{failure}")?,
+            Failure::Bench(failure) => write!(f, "{failure}")?,
             Failure::Findings { count: 1 } => f.write_str("1 check failed")?,
             Failure::Findings { count } => write!(f, "{count} checks failed")?,
         }

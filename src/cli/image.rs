@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bedplate_inspect::{shown, source::NO_BACKING};
 use clap::Subcommand;
 
 use super::{
@@ -37,6 +38,9 @@ take no space; an upload that breaks off leaves nothing but a failed image that 
 An image is refused, or its arrival ends, before the disk has less than 1 GiB free, or 2 % of its size if that is more \
 (but at most a quarter of a small disk), because volumes grow on the same disk. What had come is kept for another try, \
 unless the source never said how much there is.
+
+An image that is joined from several files (a replica directory, or with --allow-references) remembers each of them \
+with its SHA-512; `bedplate image get` shows them. One that is written to meanwhile ends the arrival.
 
 Examples:
   bedplate image create debian --from https://example.org/debian.raw --checksum 5bb3a8... --wait
@@ -182,7 +186,7 @@ pub async fn run(verb: Verb, client: &Client) -> Result<(), Failure> {
                 checksum,
                 deadline_s,
                 internal_snapshot: snapshot,
-                backing: absolute(backing)?,
+                backing: if backing.as_deref() == Some(NO_BACKING) { backing } else { absolute(backing)? },
                 allow_references: absolute(allow_references)?,
             };
             let image = if from_stdin {
@@ -275,15 +279,22 @@ fn details(image: &Image) -> String {
         ("allocated", output::exact_bytes(Some(image.allocated_bytes))),
         ("sha512", output::text(image.sha512.as_ref())),
         ("source", image.source.clone()),
+        ("I/O path", image.io_path.map_or_else(|| "-".to_owned(), output::word)),
         ("created", output::time(image.created_at)),
     ];
+    for file in &image.sources {
+        // Whoever made a directory of layers named its files.
+        let (path, size) = (shown(&file.path), output::exact_bytes(Some(file.size_bytes)));
+        rows.push(("joined from", format!("{path} ({size})")));
+        rows.push(("", format!("sha512 {}", file.sha512)));
+    }
     for copy in &image.copies {
         rows.push(("copy on", format!("{} ({})", copy.disk, output::word(copy.state))));
         if let Some(at) = &copy.progress {
             rows.push(("", progress(at)));
         }
         if let Some(message) = &copy.message {
-            rows.push(("", message.clone()));
+            rows.push(("", shown(message)));
         }
     }
     output::properties(rows)
@@ -292,6 +303,16 @@ fn details(image: &Image) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::types::SourceFile;
+
+    #[test]
+    fn a_name_that_somebody_else_gave_a_file_does_not_reach_the_terminal_as_it_is() {
+        let mut image = crate::api::fake::image("a");
+        let path = "/replica/volume-snap-\u{1b}[2J.img".to_owned();
+        image.sources = vec![SourceFile { path, size_bytes: 1, sha512: "0".repeat(128) }];
+        let details = details(&image);
+        assert!(!details.contains('\u{1b}') && details.contains("\\u{1b}[2J.img"), "{details}");
+    }
 
     #[test]
     fn only_paths_are_made_absolute() {

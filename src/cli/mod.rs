@@ -1,8 +1,9 @@
 //! The command line: what the user typed, as a request to a node, and its result printed.
 //!
 //! Owns the shape of the command line and [`main`]. One file for each noun; none of them decides anything about images
-//! or volumes, that is the node's. `serve`, `doctor` and `inspect` need no node.
+//! or volumes, that is the node's. `serve`, `doctor`, `inspect` and `bench` need no node.
 
+mod bench;
 mod completions;
 mod doctor;
 mod exit;
@@ -68,6 +69,8 @@ enum Noun {
     Job(job::Verb),
     #[command(subcommand)]
     Inspect(inspect::Verb),
+    #[command(subcommand)]
+    Bench(bench::Verb),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -101,6 +104,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Noun::Completions(args) => return completions::run(args).map(|()| ExitCode::SUCCESS),
         Noun::Man(args) => return man::run(&args).map(|()| ExitCode::SUCCESS),
         Noun::Inspect(verb) => return inspect::run(&verb),
+        Noun::Bench(verb) => return bench::run(&verb),
         Noun::Image(_) | Noun::Volume(_) | Noun::Snapshot(_) | Noun::Job(_) | Noun::Doctor(_) => {}
     }
     let client = Client::new(cli.socket.clone().unwrap_or_else(config::default_socket));
@@ -116,7 +120,9 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
                 Noun::Snapshot(verb) => snapshot::run(verb, &client).await,
                 Noun::Job(verb) => job::run(verb, &client).await,
                 Noun::Doctor(args) => doctor::run(args, cli.socket).await,
-                Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) => Ok(()),
+                Noun::Serve(_) | Noun::Completions(_) | Noun::Man(_) | Noun::Inspect(_) | Noun::Bench(_) => {
+                    Ok(())
+                }
             }
         })
         .map(|()| ExitCode::SUCCESS)
@@ -132,6 +138,7 @@ impl Noun {
             Noun::Snapshot(verb) => verb.describe(),
             Noun::Job(verb) => verb.describe(),
             Noun::Inspect(verb) => verb.describe(),
+            Noun::Bench(verb) => verb.describe(),
             Noun::Doctor(_) => "doctor",
             Noun::Completions(_) => "completions",
             Noun::Man(_) => "man",
@@ -208,6 +215,9 @@ mod tests {
             "bedplate inspect compare a b --strict",
             "bedplate inspect dump f --l2 0",
             "bedplate inspect convert a - --snapshot s --backing b",
+            "bedplate bench run read --quick --only bare,fuse-uring --target nbd://h/e --out d",
+            "bedplate bench compare a b --fail-on 10%",
+            "bedplate bench map --rounds 3",
             "bedplate doctor -o json --socket /k",
             "bedplate completions bash",
             "bedplate man /tmp",

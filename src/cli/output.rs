@@ -58,15 +58,29 @@ pub fn print(text: &str) -> Result<(), Failure> {
         .map_err(|source| Failure::Io { what: "write the output".to_owned(), source })
 }
 
-/// A listing: a head and one line for each object.
+/// A listing: a head and one line for each object. There may be ten thousand of them, for which a table that could wrap
+/// and style its cells takes longer than everything else.
 pub fn listing<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(head);
-    table.add_rows(rows);
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
+    let mut widths = [0; N];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
     }
-    trimmed(&table)
+    let mut text = String::new();
+    for row in rows {
+        let end = text.len();
+        for (width, cell) in widths.iter().zip(row) {
+            // A cell is one line, whatever a message has in it.
+            text.extend(cell.chars().map(|c| if c.is_control() { ' ' } else { c }));
+            text.extend(std::iter::repeat_n(' ', width - cell.chars().count() + 2));
+        }
+        text.truncate(end + text[end..].trim_end().len());
+        text.push('\n');
+    }
+    text.truncate(text.trim_end().len());
+    text
 }
 
 /// One object: a line for each of its properties.
@@ -77,10 +91,6 @@ pub fn properties(rows: impl IntoIterator<Item = (&'static str, String)>) -> Str
     for column in table.column_iter_mut() {
         column.set_padding((0, 2)).set_cell_alignment(CellAlignment::Left);
     }
-    trimmed(&table)
-}
-
-fn trimmed(table: &Table) -> String {
     let text = table.to_string();
     text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }

@@ -286,6 +286,7 @@ pub fn details(volume: &Volume) -> String {
         ("image", output::text(volume.image.as_ref().map(|image| &image.name))),
         ("path", output::text(volume.path.as_ref())),
         ("device", output::text(volume.device.as_ref())),
+        ("I/O path", volume.io_path.map_or_else(|| "-".to_owned(), output::word)),
         ("disk", volume.disk.clone()),
         ("created", output::time(volume.created_at)),
     ]);

@@ -14,6 +14,7 @@ use std::{
 
 use bedplate_engine::{
     error::Error,
+    exec::choice::{ExecutorChoice, ExecutorKind},
     image::BaseSource,
     volume::disk::{Disk, Held},
 };
@@ -49,11 +50,11 @@ pub struct Disks(Vec<Slot>);
 
 impl Disks {
     /// Lock all that can be locked. An error is a disk that another process holds.
-    pub fn take(paths: &[PathBuf], state: &StateDir) -> Result<Disks, Error> {
+    pub fn take(paths: &[PathBuf], state: &StateDir, executor: ExecutorChoice) -> Result<Disks, Error> {
         let mut known: BTreeMap<PathBuf, Uuid> = state.load(RECORD);
         let mut slots: Vec<Slot> = Vec::new();
         for path in paths {
-            let slot = match take(path, known.get(path).copied()) {
+            let slot = match take(path, known.get(path).copied(), executor) {
                 Ok(held) => match slots.iter().find(|slot| slot.id() == Some(held.id())) {
                     Some(twin) => {
                         let reason =
@@ -160,12 +161,16 @@ impl Slot {
             message,
             size_bytes,
             free_bytes,
+            executor: self.ready().map(|disk| match disk.executor_kind() {
+                ExecutorKind::Ring => types::Executor::Ring,
+                ExecutorKind::Blocking => types::Executor::Blocking,
+            }),
         }
     }
 }
 
 /// Lock one directory; make it when nobody has seen a disk there yet.
-fn take(path: &Path, known: Option<Uuid>) -> Result<Held, Error> {
+fn take(path: &Path, known: Option<Uuid>, executor: ExecutorChoice) -> Result<Held, Error> {
     let is_disk = path.join(DISK_RECORD).exists();
     match (is_disk, known) {
         (false, Some(id)) => {
@@ -178,7 +183,7 @@ fn take(path: &Path, known: Option<Uuid>) -> Result<Held, Error> {
         (false, None) => fs::create_dir_all(path).map_err(|e: io::Error| Error::io("create", path, e))?,
         (true, _) => {}
     }
-    let held = Held::take(path)?.on_thread_start(bedplate_fuse::serve_io);
+    let held = Held::take(path)?.on_thread_start(bedplate_fuse::serve_io).executor(executor);
     if let Some(known) = known.filter(|known| *known != held.id()) {
         tracing::warn!(disk = %path.display(), was = %known, is = %held.id(), "another disk than last time");
     }
@@ -198,12 +203,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::open(dir.path()).unwrap();
         let paths = [dir.path().join("a"), dir.path().join("b")];
-        let disks = Disks::take(&paths, &state).unwrap();
+        let disks = Disks::take(&paths, &state, ExecutorChoice::Auto).unwrap();
         assert_eq!(disks.image_dirs().len(), 2);
         drop(disks);
         fs::rename(&paths[0], dir.path().join("elsewhere")).unwrap();
         fs::create_dir(&paths[0]).unwrap();
-        let disks = Disks::take(&paths, &state).unwrap();
+        let disks = Disks::take(&paths, &state, ExecutorChoice::Auto).unwrap();
         assert!(failed(&disks)[0].as_ref().unwrap().contains("mount it"));
         assert_eq!(disks.image_dirs().len(), 1);
         assert_eq!(fs::read_dir(&paths[0]).unwrap().count(), 0);
@@ -217,8 +222,8 @@ mod tests {
         fs::create_dir(&foreign).unwrap();
         fs::write(foreign.join("letter.txt"), "dear").unwrap();
         let paths = [foreign, dir.path().join("a")];
-        let disks = Disks::take(&paths, &state).unwrap();
+        let disks = Disks::take(&paths, &state, ExecutorChoice::Auto).unwrap();
         assert!(failed(&disks)[0].as_ref().unwrap().contains("letter.txt"));
-        assert!(matches!(Disks::take(&paths, &state), Err(Error::InUse { .. })));
+        assert!(matches!(Disks::take(&paths, &state, ExecutorChoice::Auto), Err(Error::InUse { .. })));
     }
 }

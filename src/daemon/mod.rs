@@ -58,7 +58,7 @@ use crate::{
         server,
         socket::{ListenError, Listener},
     },
-    config::Config,
+    config::{Config, Executor},
     images::{self, Images},
     telemetry::Metrics,
 };
@@ -85,6 +85,8 @@ pub enum Error {
     StateHeld(PathBuf),
     #[error("{0}; stop it first, or name another --disk")]
     Held(Engine),
+    #[error("{0}; --executor auto serves without io_uring, too")]
+    Executor(Engine),
     #[error(transparent)]
     Mount(#[from] MountError),
     #[error(transparent)]
@@ -99,7 +101,7 @@ impl Error {
         match self {
             Error::Io { .. } => Code::Storage,
             Error::StateHeld(_) => Code::InUse,
-            Error::Held(error) | Error::Flush(error) => engine_code(error),
+            Error::Held(error) | Error::Executor(error) | Error::Flush(error) => engine_code(error),
             Error::Mount(
                 MountError::Foreign { .. } | MountError::Held { .. } | MountError::NotEmpty { .. },
             )
@@ -108,6 +110,7 @@ impl Error {
                 MountError::Io { .. }
                 | MountError::NotADirectory { .. }
                 | MountError::TooManyStale { .. }
+                | MountError::NoRings(_)
                 | MountError::Thread(_),
             )
             | Error::Listen(ListenError::Io { .. }) => Code::Storage,
@@ -221,7 +224,10 @@ fn start(
     if let Some(parent) = config.socket.parent() {
         std::fs::create_dir_all(parent).map_err(failed(format!("create {}", parent.display())))?;
     }
-    let mut disks = Disks::take(&config.disks, &state).map_err(Error::Held)?;
+    if config.executor == Executor::Ring {
+        bedplate_engine::exec::ring::probe().map_err(Error::Executor)?;
+    }
+    let mut disks = Disks::take(&config.disks, &state, config.executor.into()).map_err(Error::Held)?;
     if given_up.is_cancelled() {
         return Ok(None);
     }
@@ -231,6 +237,7 @@ fn start(
     let settings = images::Settings {
         jobs_running_max: config.image_jobs.get(),
         http: config.http.clone(),
+        base_cache: config.base_cache,
         deadline: config.image_deadline,
         ..images::Settings::default()
     };
@@ -281,6 +288,8 @@ fn mount_options(config: &Config) -> MountOptions {
         image_mode: Mode::read_only(config.mount_mode),
         sharing: config.sharing,
         threads: config.threads,
+        transport: config.fuse_transport.into(),
+        latency: config.latency,
     }
 }
 

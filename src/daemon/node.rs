@@ -107,11 +107,20 @@ impl LocalNode {
     fn show_info(&self, located: &Located, info: bedplate_engine::volume::device::VolumeInfo) -> Volume {
         let path = self.file(located).display().to_string();
         let device = self.attachments.device(located.uuid).map(|device| device.display().to_string());
-        show::volume(located.served.clone(), info, &located.disk.path(), Some(path), device)
+        let io_path = self.io_path(FileId::volume(located.uuid));
+        show::volume(located.served.clone(), info, &located.disk.path(), Some(path), device, io_path)
     }
 
     fn show_image(&self, info: images::ImageInfo) -> Image {
-        show::image(info, |disk| self.disks.path_of(disk))
+        let io_path = info.uuid.and_then(|uuid| self.io_path(FileId::image(uuid)));
+        show::image(info, io_path, |disk| self.disks.path_of(disk))
+    }
+
+    /// Which way the bytes of a file of the mount go while it is open.
+    fn io_path(&self, file: FileId) -> Option<types::IoPath> {
+        let mount = self.mount();
+        let mount = mount.as_ref()?;
+        Some(show::io_path(mount.io_path(file)?, mount.transport()))
     }
 
     /// The volume's file in the mount.
@@ -258,12 +267,15 @@ impl Node for LocalNode {
     }
 
     fn info(&self) -> NodeInfo {
-        let serves = self.mount().as_ref().is_some_and(|mount| mount.ended().is_none());
+        let mount = self.mount();
+        let transport = mount.as_ref().filter(|mount| mount.ended().is_none()).map(Mount::transport);
+        drop(mount);
         NodeInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             started_at: self.started_at,
-            mount: serves.then(|| self.mount_dir.display().to_string()),
+            mount: transport.map(|_| self.mount_dir.display().to_string()),
+            transport: transport.map(show::transport),
             disks: self.disks.show(),
             stale_devices: self
                 .attachments

@@ -53,7 +53,7 @@ impl From<Failure> for Refusal {
             Failure::NoSpace { .. } | Failure::NoSpaceForUnknown { .. } => Code::NoSpace,
             Failure::Unsupported(_) => Code::Unsupported,
             // An upload's own reason is inside.
-            Failure::Source(_) | Failure::Upload(_) => Code::Source,
+            Failure::Source(_) | Failure::Changed(_) | Failure::Upload(_) => Code::Source,
             Failure::TimedOut(_) => Code::TimedOut,
             Failure::Cancelled => Code::Cancelled,
             Failure::Stopped => Code::ShuttingDown,
@@ -111,6 +111,7 @@ mod tests {
             (no_end, Code::NoSpace),
             (Failure::Unsupported(text()), Code::Unsupported),
             (Failure::Source(text()), Code::Source),
+            (Failure::Changed("/d".into()), Code::Source),
             (Failure::TimedOut(text()).of_upload(), Code::TimedOut),
             (Failure::TimedOut(text()), Code::TimedOut),
             (Failure::Cancelled, Code::Cancelled),

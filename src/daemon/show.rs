@@ -9,6 +9,7 @@ use bedplate_engine::volume::{
     record::SnapshotRecord,
     recover::Recovered,
 };
+use bedplate_fuse::{IoPath, Transport};
 
 use super::refuse;
 use crate::{api::types, images, prep::progress};
@@ -35,7 +36,11 @@ pub fn progress(progress: &progress::Progress) -> types::Progress {
 }
 
 /// `disk_path` knows the directory of a disk.
-pub fn image(info: images::ImageInfo, disk_path: impl Fn(uuid::Uuid) -> String) -> types::Image {
+pub fn image(
+    info: images::ImageInfo,
+    io_path: Option<types::IoPath>,
+    disk_path: impl Fn(uuid::Uuid) -> String,
+) -> types::Image {
     let copies = info.copies.into_iter().map(|copy| {
         let (message, code) = match &copy.state {
             images::ImageState::Failed(failure) => {
@@ -64,9 +69,15 @@ pub fn image(info: images::ImageInfo, disk_path: impl Fn(uuid::Uuid) -> String) 
         allocated_bytes: info.allocated_bytes,
         sha512: info.sha512,
         source: without_query(info.source),
+        sources: info.sources.into_iter().map(source_file).collect(),
         copies: copies.collect(),
+        io_path,
         created_at: info.created_at,
     }
+}
+
+fn source_file(file: images::SourceFile) -> types::SourceFile {
+    types::SourceFile { path: file.path, size_bytes: file.size_bytes, sha512: file.sha512 }
 }
 
 fn verification(verification: &images::Verification) -> types::Verification {
@@ -92,6 +103,22 @@ fn image_state(state: &images::ImageState) -> types::ImageState {
     }
 }
 
+pub fn transport(transport: Transport) -> types::Transport {
+    match transport {
+        Transport::Uring => types::Transport::Uring,
+        Transport::Classic => types::Transport::Classic,
+    }
+}
+
+pub fn io_path(path: IoPath, transport: Transport) -> types::IoPath {
+    match (path, transport) {
+        (IoPath::Passthrough, _) => types::IoPath::Passthrough,
+        (IoPath::Cached, _) => types::IoPath::Cached,
+        (IoPath::Direct, Transport::Uring) => types::IoPath::Uring,
+        (IoPath::Direct, Transport::Classic) => types::IoPath::Classic,
+    }
+}
+
 /// `name` is the one that it is served under; `path` and `device` where it is now.
 pub fn volume(
     name: String,
@@ -99,6 +126,7 @@ pub fn volume(
     disk: &Path,
     path: Option<String>,
     device: Option<String>,
+    io_path: Option<types::IoPath>,
 ) -> types::Volume {
     let (state, message) = match info.state {
         VolumeState::Ready => (types::VolumeState::Ready, None),
@@ -116,6 +144,7 @@ pub fn volume(
         // One that cannot be opened has no file.
         path: path.filter(|_| state != types::VolumeState::Unknown),
         device,
+        io_path,
         created_at: Some(info.created_at),
         disk: disk.display().to_string(),
         message,

@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use bedplate_engine::{
     device::{BlockDevice, Complete, Extent, Geometry, Request},
     error::Result,
+    exec::asynchronous::Asynchronous,
     units::ByteRange,
     volume::{device::Snapshot, disk::Disk},
 };
@@ -99,5 +100,9 @@ impl BlockDevice for View {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         self.view.read_at(buffer, offset)
+    }
+
+    fn asynchronous(&self) -> Option<&dyn Asynchronous> {
+        self.view.asynchronous()
     }
 }

@@ -7,12 +7,14 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use bedplate_engine::{device::BlockDevice, error::Error as Storage, image::Format};
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
     catalog::{
         name::NameError,
         record::{FailureRecord, Parts},
+        sources::SourceFile,
     },
     prep::{progress::Progress, source::http::HttpSettings},
 };
@@ -27,12 +29,25 @@ pub trait Host: Send + Sync + 'static {
     fn volume_view(&self, volume: &str, snapshot: Option<&str>) -> Result<Arc<dyn BlockDevice>, String>;
 }
 
+/// Whether the page cache keeps what volumes read of their images.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum BaseCache {
+    /// One copy for all volumes over an image, which the kernel gives up when memory is short.
+    #[default]
+    Shared,
+    /// None: images are read with O_DIRECT, for a machine whose memory belongs to its guests.
+    Direct,
+}
+
 /// Settings of the service; [`Default`] is sound.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Jobs that run at once; others wait as *pending*.
     pub jobs_running_max: usize,
     pub http: HttpSettings,
+    /// How the images are opened that volumes stand on.
+    pub base_cache: BaseCache,
     /// What has arrived is made durable and recorded each time this many bytes have come ...
     pub sync_bytes: u64,
     /// ... or this much time has passed, whichever is first.
@@ -46,6 +61,7 @@ impl Default for Settings {
         Settings {
             jobs_running_max: 4,
             http: HttpSettings::default(),
+            base_cache: BaseCache::default(),
             sync_bytes: 64 << 20,
             sync_interval: Duration::from_secs(1),
             deadline: Duration::from_secs(24 * 60 * 60),
@@ -123,6 +139,8 @@ pub struct ImageInfo {
     pub sha512: Option<String>,
     /// Without credentials.
     pub source: String,
+    /// The files that it was joined from, the top of the chain first; none when its source was one file.
+    pub sources: Vec<SourceFile>,
     pub copies: Vec<CopyInfo>,
     pub created_at: Option<Timestamp>,
 }

@@ -4,33 +4,26 @@
 //! name, the record says *ready*; and what a failure leaves behind. A job ends by [`Service::ended`], whatever happens
 //! in it. Upholds the service's part of invariants 5 and 9.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bedplate_engine::{
     error::Error as Storage,
-    image::{
-        BaseImage, Format,
-        device::sectors,
-        qcow2::{Qcow2Image, View},
-    },
-    units::{ByteLen, ByteRange},
+    image::{Format, qcow2::View},
 };
-use bedplate_inspect::source::{self as inspect, FileArgs, OpenArgs};
 use uuid::Uuid;
 
 use super::{
     info::{Error, Verification},
+    joined::join,
     origin::From as Origin,
+    served::served_size,
     service::{Ready, Service},
     table::{Job, JobKind},
 };
 use crate::{
     catalog::{
         record::{FailureCode, FailureRecord, IMAGE_SIZE_MAX, ImageRecord, Parts, Published, RecordState},
+        sources::SourceFile,
         store::{IMAGE, ImageDir, PARTIAL_DATA, PARTIAL_RECORD, stamp},
     },
     directory::Open,
@@ -49,9 +42,6 @@ use crate::{
 
 /// The names of what is kept of an arrival.
 pub(super) const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
-
-/// Bytes of an image whose tables are checked before the job looks whether it is to end.
-const VERIFY_SPAN: u64 = 64 << 30;
 
 /// What a job does.
 pub(super) enum Work {
@@ -133,8 +123,9 @@ impl Service {
             None => None,
         };
         let source = origin.for_people();
+        let uploaded = matches!(origin, Origin::Upload(_));
         let spec = Spec {
-            dir: dir.directory().clone(),
+            dir: dir.directory()?,
             names: NAMES,
             source: source.clone(),
             // A guest may have written any header into its disk.
@@ -146,8 +137,10 @@ impl Service {
             meter: job.meter.clone(),
             stop: job.stop.clone(),
         };
-        let arrived = self.fetch(spec, origin, &mut record)?;
-        let virtual_size_bytes = virtual_size(&arrived, &record.view(), Path::new(&source), &job.stop)?;
+        let (arrived, sources) = self.fetch(spec, origin, &mut record)?;
+        let virtual_size = served_size(&arrived, &record.view(), Path::new(&source), &job.stop);
+        let virtual_size_bytes =
+            if uploaded { virtual_size.map_err(Failure::of_whole_upload) } else { virtual_size }?;
         job.meter.enter(Phase::Publishing);
         job.stop.check()?;
         let stamp = dir.publish_file(&arrived.file)?;
@@ -156,17 +149,23 @@ impl Service {
             return Err(Failure::Corrupt(format!("the file has {is} bytes after {was} had arrived")));
         }
         let Arrived { format, sums, .. } = arrived;
-        let published = Published { format, virtual_size_bytes, sha512: sums.sha512, stamp };
+        let published = Published { format, virtual_size_bytes, sha512: sums.sha512, stamp, sources };
         record.state = RecordState::Ready(published.clone());
         self.record(&record, dir)?;
         dir.discard_partial()?;
         Ok(published)
     }
 
-    fn fetch(self: &Arc<Self>, spec: Spec, origin: Origin, record: &mut ImageRecord) -> Result<Arrived> {
-        match origin {
+    /// The bytes, and the files that they were joined from, if they were.
+    fn fetch(
+        self: &Arc<Self>,
+        spec: Spec,
+        origin: Origin,
+        record: &mut ImageRecord,
+    ) -> Result<(Arrived, Vec<SourceFile>)> {
+        let arrived = match origin {
             Origin::Path(path) if path.is_dir() || record.parts != Parts::default() => {
-                joined(spec, &path, record)
+                return join(spec, &path, record);
             }
             Origin::Path(path) => arrive(&spec, &mut FileSource::new(&path)),
             Origin::Http(origin) => {
@@ -180,7 +179,8 @@ impl Service {
             Origin::Image(name) => self.fetch_image(spec, &name, record),
             Origin::Upload(Some(mut source)) => arrive(&spec, &mut source).map_err(Failure::of_upload),
             Origin::Upload(None) => arrive(&spec, &mut LostUpload).map_err(Failure::of_upload),
-        }
+        };
+        Ok((arrived?, Vec::new()))
     }
 
     /// A clone: whatever the user expects of it, it must also be what its original was.
@@ -191,7 +191,7 @@ impl Service {
         record: &mut ImageRecord,
     ) -> Result<Arrived> {
         let source = |e: Error| Failure::Source(e.to_string());
-        let Ready { file, path, published, view } = self.open_ready(name).map_err(source)?;
+        let Ready { file, path, published, view } = self.open_ready(name, Open::Read).map_err(source)?;
         if let (View::Snapshot(snapshot), None) = (view, &record.internal_snapshot) {
             record.internal_snapshot = Some(snapshot);
         }
@@ -261,9 +261,11 @@ impl Service {
         {
             tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
         }
+        let allocated_bytes = matches!(record.state, RecordState::Ready(_)).then(|| dir.allocated_bytes());
         let mut table = self.lock();
         if let Some(image) = table.by_uuid(uuid) {
             image.record = record;
+            image.allocated_bytes = allocated_bytes;
             image.doubt = doubt;
             image.job = None;
             image.upload = None;
@@ -271,58 +273,6 @@ impl Service {
         }
         drop(table);
         self.notify();
-    }
-}
-
-/// One raw image of what several files hold: a qcow2 file and those that it names, or a directory of layers.
-fn joined(mut spec: Spec, path: &Path, record: &mut ImageRecord) -> Result<Arrived> {
-    let Parts { backing, allow_references } = &record.parts;
-    let files = FileArgs {
-        allow_references: allow_references.as_ref().map(PathBuf::from),
-        backing: backing.as_ref().map(PathBuf::from),
-    };
-    let args = OpenArgs { format: None, snapshot: record.internal_snapshot.clone(), files };
-    let stack = inspect::open(path, &args)?;
-    for note in stack.notes() {
-        tracing::warn!(image = %record.name, note, "what is joined into an image");
-    }
-    spec.format = Some(Format::Raw);
-    let arrived = arrive(&spec, &mut DeviceSource::new(Arc::new(stack)))?;
-    // The snapshot has become the content, and the source says which it was.
-    if let Some(snapshot) = record.internal_snapshot.take() {
-        record.source = format!("{}@{snapshot}", record.source);
-    }
-    Ok(arrived)
-}
-
-/// The size of the device over what has arrived, which errors call `path`; refuses what could not be served.
-fn virtual_size(arrived: &Arrived, view: &View, path: &Path, stop: &Stop) -> Result<u64> {
-    let len = match (arrived.format, view) {
-        (Format::Raw, View::Active) => ByteLen(arrived.size_bytes),
-        (Format::Raw, View::Snapshot(name)) => {
-            let what =
-                format!("internal snapshot {name:?}: only qcow2 files have them, and this is a raw one");
-            return Err(Failure::Unsupported(what));
-        }
-        (Format::Qcow2, _) => {
-            let file = arrived.file.try_clone().map_err(|e| Storage::io("open", path, e))?;
-            let image = Qcow2Image::open(file, path, view).map_err(|error| match error {
-                error @ Storage::NotFound { .. } => Failure::Unsupported(error.to_string()),
-                error => error.into(),
-            })?;
-            let mut at = 0;
-            while at < image.len().0 {
-                stop.check()?;
-                let len = VERIFY_SPAN.min(image.len().0 - at);
-                image.layer().verify_range(ByteRange::new(at, len))?;
-                at += len;
-            }
-            image.len()
-        }
-    };
-    match sectors(len) {
-        ByteLen(0) => Err(Failure::Unsupported("the image is empty (its virtual size is 0)".to_owned())),
-        ByteLen(size) => Ok(size),
     }
 }
 
@@ -335,7 +285,7 @@ fn verification(record: &ImageRecord, dir: &ImageDir, job: &Job) -> Result<Publi
     let file = dir.open_image(Open::Read)?;
     let before = stamp(&file, &path)?;
     let size = published.stamp.size_bytes;
-    let sums = verify(dir.directory(), IMAGE, size, None, &job.meter, &job.stop)?;
+    let sums = verify(&*dir.directory()?, IMAGE, size, None, &job.meter, &job.stop)?;
     if sums.sha512 != published.sha512 {
         return Err(Failure::Corrupt(format!(
             "{} has the SHA-512 {} where {} was verified before",
@@ -363,7 +313,7 @@ fn failure_code(failure: &Failure) -> FailureCode {
         | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
         Failure::Unsupported(_) | Failure::Storage(Storage::Unsupported { .. }) => FailureCode::Unsupported,
         // A stopped job is not recorded as failed.
-        Failure::Source(_) | Failure::Stopped => FailureCode::Source,
+        Failure::Source(_) | Failure::Changed(_) | Failure::Stopped => FailureCode::Source,
         Failure::TimedOut(_) => FailureCode::TimedOut,
         Failure::Cancelled => FailureCode::Cancelled,
         Failure::Storage(_) => FailureCode::Storage,

@@ -6,8 +6,10 @@
 
 mod info;
 mod job;
+mod joined;
 mod origin;
 mod remove;
+mod served;
 mod service;
 mod table;
 #[cfg(test)]
@@ -34,6 +36,7 @@ use crate::{
         record::{ImageRecord, RecordState},
         store::ImageStore,
     },
+    directory::Open,
     prep::{
         checksum::Expected,
         partial::Kept,
@@ -43,6 +46,7 @@ use crate::{
 pub use crate::{
     catalog::{
         record::{FailureCode, FailureRecord, Parts},
+        sources::SourceFile,
         store::DiskDir,
     },
     prep::{
@@ -51,7 +55,9 @@ pub use crate::{
     },
 };
 pub use bedplate_engine::image::Format;
-pub use info::{CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification};
+pub use info::{
+    BaseCache, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification,
+};
 use job::{NAMES, Work};
 use origin::From as Origin;
 pub use remove::{ImageHold, RELEASE_WITHIN};
@@ -89,6 +95,9 @@ impl Images {
             let what = "--backing and --allow-references are for files and directories of this machine";
             return Err(Error::Invalid(what.to_owned()));
         }
+        if let Some(relative) = request.parts.relative() {
+            return Err(Error::Invalid(format!("{relative:?} is no absolute path")));
+        }
         self.check_origin(&origin)?;
         let service = &self.0;
         let _naming = service.naming.lock().unwrap_or_else(PoisonError::into_inner);
@@ -107,7 +116,7 @@ impl Images {
         let (dir, store) = match failed {
             Some((_, dir, store)) => {
                 // What is kept may be old; whoever asks now wants what the source has now.
-                Kept::demand_proof(dir.directory(), NAMES)?;
+                Kept::demand_proof(&*dir.directory()?, NAMES)?;
                 dir.write_record(&record)?;
                 (dir, store)
             }
@@ -124,11 +133,11 @@ impl Images {
             (image.upload, *source) = (Some(parts), Some(queue));
         }
         let mut table = service.lock();
-        if let Some(Entry::Image(failed)) = table.entries.remove(&name) {
+        if let Some(Entry::Image(failed)) = table.take(&name) {
             // Whoever holds the name goes on holding it.
             image.holds = failed.holds;
         }
-        table.entries.insert(name.clone(), Entry::Image(Box::new(image)));
+        table.put(name.clone(), Entry::Image(Box::new(image)));
         drop(table);
         service.start(uuid, Work::Arrival(origin));
         self.get(&name)
@@ -149,14 +158,14 @@ impl Images {
 
     pub fn list(&self) -> Vec<ImageInfo> {
         let described: Vec<Described> =
-            self.0.lock().entries.iter().map(|(name, entry)| Described::new(name, entry)).collect();
+            self.0.lock().entries().map(|(name, entry)| Described::new(name, entry)).collect();
         described.into_iter().map(Described::complete).collect()
     }
 
     /// Names and uuids of those that are ready, without a look at any disk.
     pub fn served(&self) -> Vec<(String, Uuid)> {
         let table = self.0.lock();
-        let named = table.entries.iter().filter_map(|(name, entry)| match entry {
+        let named = table.entries().filter_map(|(name, entry)| match entry {
             Entry::Image(image) => {
                 (image.state() == ImageState::Ready).then(|| (name.clone(), image.record.uuid))
             }
@@ -244,7 +253,7 @@ impl Images {
 
     /// The file of a ready image whose content is, byte for byte, what the device over it gives; for passthrough.
     pub fn file_of_content(&self, uuid: Uuid) -> Result<Option<File>> {
-        let Ready { file, published, .. } = self.0.open_ready(&uuid.to_string())?;
+        let Ready { file, published, .. } = self.0.open_ready(&uuid.to_string(), Open::Read)?;
         let is_content = match published.format {
             Format::Raw => published.stamp.size_bytes == published.virtual_size_bytes,
             Format::Qcow2 => false,
@@ -313,8 +322,8 @@ impl Images {
             // It is the uuid of another: nobody could tell which of the two is meant.
             return Err(Error::Exists(name.to_owned()));
         }
-        match table.entries.get(name) {
-            None if table.entries.len() >= IMAGES_MAX => Err(Error::Busy("IMAGES_MAX")),
+        match table.named(name) {
+            None if table.len() >= IMAGES_MAX => Err(Error::Busy("IMAGES_MAX")),
             None => Ok(None),
             Some(Entry::Image(image)) => match &image.record.state {
                 RecordState::Failed { published: None, .. }

@@ -40,7 +40,7 @@ impl Images {
             let result = images.delete_now(&name, uuid).await;
             let mut table = images.0.lock();
             match &result {
-                Ok(()) => drop(table.entries.remove(&name)),
+                Ok(()) => drop(table.take(&name)),
                 Err(_) => {
                     if let Some(image) = table.by_uuid(uuid) {
                         image.deleting = false;

@@ -10,7 +10,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bedplate_engine::image::{self, BaseImage, qcow2::View};
+use bedplate_engine::image::{self, BaseImage, follow::Followed, qcow2::View};
+use nix::{
+    errno::Errno,
+    fcntl::{PosixFadviseAdvice, posix_fadvise},
+};
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, watch},
@@ -18,7 +22,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
-    info::{Error, Host, Result, Settings},
+    info::{BaseCache, Error, Host, Result, Settings},
     job::{NAMES, Work},
     origin::{From as Origin, UPLOAD},
     table::{Entry, Image, Table},
@@ -26,7 +30,7 @@ use super::{
 use crate::{
     catalog::{
         record::{FailureCode, FailureRecord, ImageRecord, Published, RecordState},
-        store::{DiskDir, Found, ImageDir, ImageStore, stamp},
+        store::{DiskDir, Found, ImageDir, ImageStore, allocated, stamp},
     },
     directory::Open,
     prep::partial::Kept,
@@ -60,6 +64,12 @@ impl Service {
             let scanned = ImageStore::open(disk).and_then(|store| Ok((store.scan()?, store)));
             match scanned {
                 Ok((found, store)) => {
+                    if settings.base_cache == BaseCache::Direct && !store.disk().takes_direct_reads() {
+                        tracing::warn!(
+                            disk = %id, path = %path.display(),
+                            "base_cache is direct, which this disk's file system cannot do: its images are cached"
+                        );
+                    }
                     found.into_iter().for_each(|found| enter(&mut table, &store, found));
                     stores.push(store);
                 }
@@ -87,8 +97,7 @@ impl Service {
     fn take_up(self: &Arc<Self>) {
         let known: Vec<(String, Uuid)> = self
             .lock()
-            .entries
-            .iter()
+            .entries()
             .filter_map(|(name, entry)| match entry {
                 Entry::Image(image) => Some((name.clone(), image.record.uuid)),
                 Entry::Unreadable { .. } => None,
@@ -105,8 +114,13 @@ impl Service {
                     Err(reason) => self.give_up(uuid, &reason),
                 },
                 RecordState::Ready(published) => {
-                    if let Some(reason) = differs(&dir, published) {
-                        self.doubt(&name, &reason);
+                    match look(&dir, published) {
+                        Ok(allocated_bytes) => {
+                            if let Some(image) = self.lock().by_uuid(uuid) {
+                                image.allocated_bytes = Some(allocated_bytes);
+                            }
+                        }
+                        Err(reason) => self.doubt(&name, &reason),
                     }
                     clear(&name, &dir);
                 }
@@ -154,14 +168,14 @@ impl Service {
     }
 
     /// Open the file of a ready image, if it is as it was verified. If not, it is verified again.
-    pub fn open_ready(self: &Arc<Self>, name: &str) -> Result<Ready> {
+    pub fn open_ready(self: &Arc<Self>, name: &str, how: Open) -> Result<Ready> {
         let (name, published, view, dir) = {
             let table = self.lock();
             let (name, image) = table.image(name)?;
             (name.to_owned(), image.ready(name)?.clone(), image.record.view(), image.dir.clone())
         };
         let path = dir.image_path();
-        let reason = match dir.open_image(Open::Read) {
+        let reason = match dir.open_image(how) {
             Ok(file) => {
                 if stamp(&file, &path)? == published.stamp {
                     return Ok(Ready { file, path, published, view });
@@ -175,9 +189,34 @@ impl Service {
         Err(Error::NotReady { name, state: format!("unknown ({reason})") })
     }
 
-    /// The content of a ready image. Whoever has it open shares it: its tables and decoded clusters are in memory once.
+    /// The content of a ready image, for one reader, whose runs are read ahead of.
     pub fn open_base(self: &Arc<Self>, name: &str) -> Result<(Arc<dyn BaseImage>, Published)> {
-        let Ready { file, path, published, view } = self.open_ready(name)?;
+        let (base, published) = self.open_shared(name)?;
+        Ok((Arc::new(Followed::new(base)), published))
+    }
+
+    /// Whoever has an image open shares it: its tables and decoded clusters are in memory once.
+    pub fn open_shared(self: &Arc<Self>, name: &str) -> Result<(Arc<dyn BaseImage>, Published)> {
+        let Ready { file, path, published, view } = match self.settings.base_cache {
+            BaseCache::Shared => {
+                let ready = self.open_ready(name, Open::Read)?;
+                // Which readers read in order is known better than where they share one file.
+                let _ = posix_fadvise(&ready.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+                ready
+            }
+            BaseCache::Direct => match self.open_ready(name, Open::ReadDirect) {
+                // The file system has no such thing, as the log of the start says.
+                Err(Error::Storage(error)) if is_not_supported(&error) => {
+                    self.open_ready(name, Open::Read)?
+                }
+                opened => {
+                    let ready = opened?;
+                    // What its arrival left there is nobody's; that is advice, and may be ignored.
+                    let _ = posix_fadvise(&ready.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+                    ready
+                }
+            },
+        };
         let shared = |table: &Table| {
             let (_, image) = table.image(name).ok()?;
             let (stamp, base) = image.base.as_ref()?;
@@ -208,6 +247,7 @@ impl Service {
             }
             tracing::warn!(image = name, reason, "not served until it is verified again");
             image.doubt = Some(format!("{reason}; it is verified again"));
+            image.allocated_bytes = None;
             image.record.uuid
         };
         self.start(uuid, Work::Verification);
@@ -238,20 +278,27 @@ pub struct Ready {
 
 const CHANGED: &str = "its file's size, time or inode is not what it was";
 
-/// Whether a published file is not what its record says, from outside.
-fn differs(dir: &ImageDir, published: &Published) -> Option<String> {
+/// The space that a published file takes, or how it is not what its record says, from outside.
+fn look(dir: &ImageDir, published: &Published) -> Result<u64, String> {
     let path = dir.image_path();
-    match dir.open_image(Open::Read).and_then(|file| stamp(&file, &path)) {
-        Ok(found) if found == published.stamp => None,
-        Ok(_) => Some(CHANGED.to_owned()),
-        Err(e) if e.is_not_found() => Some("its file is gone".to_owned()),
-        Err(e) => Some(e.to_string()),
+    let looked = dir.open_image(Open::Read).and_then(|file| Ok((stamp(&file, &path)?, allocated(&file))));
+    match looked {
+        Ok((found, allocated)) if found == published.stamp => Ok(allocated),
+        Ok(_) => Err(CHANGED.to_owned()),
+        Err(e) if e.is_not_found() => Err("its file is gone".to_owned()),
+        Err(e) => Err(e.to_string()),
     }
+}
+
+/// Whether that is what a file system without `O_DIRECT` says.
+fn is_not_supported(error: &bedplate_engine::error::Error) -> bool {
+    matches!(error, bedplate_engine::error::Error::Io { source, .. } if source.raw_os_error() == Some(Errno::EINVAL as i32))
 }
 
 /// Whether what is kept of an arrival is of a source that said how long it is.
 fn knows_its_length(dir: &ImageDir) -> bool {
-    Kept::load(dir.directory(), NAMES).is_some_and(|kept| kept.total.is_some())
+    let kept = dir.directory().ok().and_then(|directory| Kept::load(&directory, NAMES));
+    kept.is_some_and(|kept| kept.total.is_some())
 }
 
 fn clear(name: &str, dir: &ImageDir) {
@@ -265,7 +312,7 @@ fn enter(table: &mut Table, store: &ImageStore, found: Found) {
         Found::Image(record, dir) => {
             let name = record.name.to_string();
             let uuid8: String = record.uuid.simple().to_string().chars().take(8).collect();
-            let image = Image::new(record, dir, store.clone());
+            let image = Image::new(*record, dir, store.clone());
             table.insert(&name, &uuid8, Entry::Image(Box::new(image)));
         }
         Found::Unreadable { directory, path, error } => {

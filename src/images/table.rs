@@ -4,7 +4,7 @@
 //! outside. The records on disk are the truth; this follows them. Does not start or end jobs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
     sync::{Arc, Weak},
 };
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Images of a node.
-pub const IMAGES_MAX: usize = 4096;
+pub const IMAGES_MAX: usize = 16_384;
 /// Jobs of a node, running and waiting.
 pub const JOBS_MAX: usize = 256;
 /// Uploads at once. They do not wait for a turn, as their senders are there.
@@ -34,7 +34,9 @@ pub const UPLOADS_MAX: usize = 8;
 #[derive(Debug, Default)]
 pub(super) struct Table {
     /// By the name under which it is served.
-    pub entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, Entry>,
+    /// The served name of each image that has a readable record: volumes and open files know uuids only.
+    names: HashMap<Uuid, String>,
     /// Set once: the node goes down, nothing new begins.
     pub closing: bool,
 }
@@ -63,6 +65,8 @@ pub(super) struct Image {
     pub upload: Option<Parts>,
     /// How its last verification ended; forgotten when another begins.
     pub verification: Option<Verification>,
+    /// Bytes that its file takes on the disk, once it is ready: it does not change any more.
+    pub allocated_bytes: Option<u64>,
     /// Its content, while somebody has it open, and the file that it was opened from.
     pub base: Option<(Stamp, Weak<dyn BaseImage>)>,
     /// Somebody deletes it at this moment.
@@ -86,15 +90,49 @@ pub(super) enum JobKind {
 }
 
 impl Table {
+    /// Everything, in the order of served names.
+    pub fn entries(&self) -> impl Iterator<Item = (&String, &Entry)> {
+        self.entries.iter()
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// What is served under exactly this name.
+    pub fn named(&self, name: &str) -> Option<&Entry> {
+        self.entries.get(name)
+    }
+
+    /// Serve `entry` under a name that is free.
+    pub fn put(&mut self, name: String, entry: Entry) {
+        if let Entry::Image(image) = &entry {
+            // Of two disks with one image, the first is found by its uuid.
+            self.names.entry(image.record.uuid).or_insert_with(|| name.clone());
+        }
+        self.entries.insert(name, entry);
+    }
+
+    pub fn take(&mut self, name: &str) -> Option<Entry> {
+        let taken = self.entries.remove(name)?;
+        if let Entry::Image(image) = &taken
+            && self.names.get(&image.record.uuid).is_some_and(|known| known == name)
+        {
+            let uuid = image.record.uuid;
+            self.names.remove(&uuid);
+            let twin = |entry: &Entry| matches!(entry, Entry::Image(image) if image.record.uuid == uuid);
+            if let Some((name, _)) = self.entries.iter().find(|(_, entry)| twin(entry)) {
+                self.names.insert(uuid, name.clone());
+            }
+        }
+        Some(taken)
+    }
+
     /// The served name and the entry for a uuid or a name. The uuid goes first: who has one must get that image (a
     /// volume, an open file), whatever another is called.
     pub fn find(&self, name: &str) -> Result<(&str, &Entry)> {
-        let by_uuid = Uuid::try_parse(name).ok().and_then(|uuid| {
-            self.entries
-                .iter()
-                .find(|(_, entry)| matches!(entry, Entry::Image(image) if image.record.uuid == uuid))
-        });
-        let found = by_uuid.or_else(|| self.entries.get_key_value(name));
+        let by_uuid = Uuid::try_parse(name).ok().and_then(|uuid| self.names.get(&uuid));
+        let found = self.entries.get_key_value(by_uuid.map_or(name, String::as_str));
         found.map(|(name, entry)| (name.as_str(), entry)).ok_or_else(|| Error::NotFound(name.to_owned()))
     }
 
@@ -121,10 +159,10 @@ impl Table {
     }
 
     pub fn by_uuid(&mut self, uuid: Uuid) -> Option<&mut Image> {
-        self.entries.values_mut().find_map(|entry| match entry {
-            Entry::Image(image) if image.record.uuid == uuid => Some(&mut **image),
-            Entry::Image(_) | Entry::Unreadable { .. } => None,
-        })
+        match self.entries.get_mut(self.names.get(&uuid)?)? {
+            Entry::Image(image) => Some(&mut **image),
+            Entry::Unreadable { .. } => None,
+        }
     }
 
     pub fn images(&self) -> impl Iterator<Item = &Image> {
@@ -162,7 +200,7 @@ impl Table {
             tracing::error!(name = served, "the same image is on two disks; only one of them is served");
             return;
         }
-        self.entries.insert(served, entry);
+        self.put(served, entry);
     }
 }
 
@@ -178,6 +216,7 @@ impl Image {
             job,
             upload,
             verification,
+            allocated_bytes: None,
             base: None,
             deleting: false,
             holds: Vec::new(),
@@ -212,9 +251,10 @@ impl Image {
     }
 }
 
-/// What is needed to describe an entry once the lock is gone, as asking for its space takes disk operations.
+/// What is needed to describe an entry once the lock is gone, as asking for its space may take disk operations.
 pub(super) struct Described {
     info: ImageInfo,
+    /// Of one whose space has to be asked for.
     dir: Option<ImageDir>,
 }
 
@@ -242,6 +282,7 @@ impl Described {
                     allocated_bytes: 0,
                     sha512: None,
                     source: String::new(),
+                    sources: Vec::new(),
                     copies: vec![copy],
                     created_at: None,
                 };
@@ -268,18 +309,22 @@ impl Described {
             size_bytes: published.map(|p| p.stamp.size_bytes),
             internal_snapshot: image.record.internal_snapshot.clone(),
             virtual_size_bytes: published.map(|p| p.virtual_size_bytes),
-            allocated_bytes: 0,
+            allocated_bytes: image.allocated_bytes.unwrap_or(0),
             sha512: published.map(|p| p.sha512.clone()),
             source: image.record.source.clone(),
+            sources: published.map(|p| p.sources.clone()).unwrap_or_default(),
             copies: vec![copy],
             created_at: Some(image.record.created_at),
         };
-        Described { info, dir: Some(image.dir.clone()) }
+        let dir = image.allocated_bytes.is_none().then(|| image.dir.clone());
+        Described { info, dir }
     }
 
     /// The picture, with what the disk says.
     pub fn complete(mut self) -> ImageInfo {
-        self.info.allocated_bytes = self.dir.map_or(0, |dir| dir.allocated_bytes());
+        if let Some(dir) = self.dir {
+            self.info.allocated_bytes = dir.allocated_bytes();
+        }
         self.info
     }
 }

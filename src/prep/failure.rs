@@ -32,6 +32,9 @@ pub enum Failure {
     /// The source refuses, or is not what it should be; trying again the same way is of no use.
     #[error("{0}")]
     Source(String),
+    /// A file was written to while it was read, so that what was read may never have been its content.
+    #[error("{} changed while it was read", .0.display())]
+    Changed(PathBuf),
     /// A bound in time has passed.
     #[error("timed out: {0}")]
     TimedOut(String),
@@ -55,6 +58,11 @@ impl Failure {
         if self.keeps_partial() { Failure::Upload(Box::new(self)) } else { self }
     }
 
+    /// The same for an upload of which every byte has arrived: a node that goes down needs no sender to go on with it.
+    pub fn of_whole_upload(self) -> Failure {
+        if matches!(self, Failure::Stopped) { self } else { self.of_upload() }
+    }
+
     /// Whether what has arrived is worth keeping for another try: not when it is known to be wrong or unwanted.
     pub fn keeps_partial(&self) -> bool {
         match self {
@@ -64,6 +72,7 @@ impl Failure {
             | Failure::NoSpaceForUnknown { .. }
             | Failure::Unsupported(_)
             | Failure::Storage(Storage::Corrupt { .. } | Storage::Unsupported { .. })
+            | Failure::Changed(_)
             | Failure::Upload(_)
             | Failure::Cancelled => false,
             Failure::NoSpace { .. }
@@ -72,5 +81,19 @@ impl Failure {
             | Failure::Stopped
             | Failure::Storage(_) => true,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_node_that_goes_down_keeps_an_upload_and_only_a_whole_one() {
+        assert!(Failure::Stopped.of_whole_upload().keeps_partial());
+        assert!(!Failure::Stopped.of_upload().keeps_partial());
+        let failures =
+            [Failure::Source("x".to_owned()), Failure::TimedOut("x".to_owned()), Failure::Cancelled];
+        assert!(failures.into_iter().all(|failure| !failure.of_whole_upload().keeps_partial()));
     }
 }

@@ -27,7 +27,7 @@ pub enum Phase {
     Connecting,
     /// Bytes arrive, and are hashed and written as they do.
     Transferring,
-    /// Everything has arrived; the hash catches up, or a kept prefix is read again.
+    /// Everything has arrived and the hash catches up; or a kept prefix, or what an image was joined from, is read again.
     Hashing,
     /// What was written is being made durable.
     Syncing,
@@ -101,8 +101,18 @@ impl Meter {
 
     /// `done` bytes in all are through.
     pub fn advance_to(&self, done: u64) {
+        self.advance(|_| done);
+    }
+
+    /// `len` more bytes are through, by one of several threads.
+    pub fn advance_by(&self, len: u64) {
+        self.advance(|done| done.saturating_add(len));
+    }
+
+    fn advance(&self, next: impl FnOnce(u64) -> u64) {
         let now = Instant::now();
         let mut state = self.lock();
+        let done = next(state.done);
         if state.done > done {
             state.samples.clear();
         }
@@ -171,6 +181,24 @@ mod tests {
         meter.begin(Phase::Transferring, 100, Some(100));
         assert_eq!(meter.progress().eta_s, None, "no rate, so no time");
         assert_eq!(meter.progress().done_bytes, 100);
+    }
+
+    #[test]
+    fn what_several_threads_have_done_never_becomes_less() {
+        let meter = Meter::default();
+        meter.begin(Phase::Hashing, 0, Some(40_000));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..10_000 {
+                        let before = meter.progress().done_bytes;
+                        meter.advance_by(1);
+                        assert!(meter.progress().done_bytes > before);
+                    }
+                });
+            }
+        });
+        assert_eq!(meter.progress().done_bytes, 40_000);
     }
 
     #[test]

@@ -47,7 +47,7 @@ data is wrong), 63 a format that has nothing to check.";
 pub struct CheckArgs {
     /// A qcow2 file, or a directory of layers
     file: PathBuf,
-    /// Also read every byte, which decodes every compressed cluster
+    /// Also read every byte, which decodes every compressed cluster and verifies the checksums that Longhorn left
     #[arg(long)]
     data: bool,
     /// Read the file as this format, whatever it begins with
@@ -136,10 +136,18 @@ struct DirectoryReport {
 }
 
 fn check_directory(args: &CheckArgs) -> Result<u8> {
-    let (format, (mut corruptions, leftovers)) = match directory::open(&args.file) {
-        Ok(Directory::Replica(replica)) => ("longhorn-replica", longhorn::check(&replica)),
-        Ok(Directory::Volume(volume)) => ("bedplate-volume", (volume_report::check(&volume), Vec::new())),
-        Err(error @ Error::Corrupt { .. }) => ("unknown", (vec![error.to_string()], Vec::new())),
+    let (format, mut corruptions, leftovers) = match directory::open(&args.file) {
+        Ok(Directory::Replica(replica)) => {
+            let mut found = longhorn::check(&replica);
+            if args.data {
+                let verified = longhorn::verify_checksums(&replica);
+                found.corruptions.extend(verified.corruptions);
+                found.leftovers.extend(verified.leftovers);
+            }
+            ("longhorn-replica", found.corruptions, found.leftovers)
+        }
+        Ok(Directory::Volume(volume)) => ("bedplate-volume", volume_report::check(&volume), Vec::new()),
+        Err(error @ Error::Corrupt { .. }) => ("unknown", vec![error.to_string()], Vec::new()),
         Err(error) => return Err(error.into()),
     };
     if args.data && corruptions.is_empty() {

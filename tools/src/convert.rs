@@ -151,20 +151,25 @@ fn to_stdout(stack: &Stack, args: &ConvertArgs) -> Result<()> {
     }
     refuse_damage(stack)?;
     let mut out = io::stdout().lock();
+    each_piece(stack, |bytes| out.write_all(bytes).map_err(Failure::Output))?;
+    out.flush().map_err(Failure::Output)
+}
+
+/// Hand over the whole content, in order.
+pub fn each_piece(stack: &Stack, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let mut buffer = vec![0; to_usize(PIECE_LEN)];
     for_each_extent::<Failure>(stack, |range, kind| match kind {
-        ExtentKind::Zero => zeros(range.len.0, |zeros| out.write_all(zeros)).map_err(Failure::Output),
+        ExtentKind::Zero => zeros(range.len.0, &mut take),
         ExtentKind::Data => {
             let mut at = range.start.0;
             while at < range.end().0 {
                 let len = (range.end().0 - at).min(PIECE_LEN);
                 let part = buffer.get_mut(..to_usize(len)).unwrap_or_default();
                 stack.read_at(part, at)?;
-                out.write_all(part).map_err(Failure::Output)?;
+                take(part)?;
                 at += len;
             }
             Ok(())
         }
-    })?;
-    out.flush().map_err(Failure::Output)
+    })
 }

@@ -11,8 +11,8 @@ use crate::{
     failure::Result,
     info::Info,
     map::{self, word},
+    page::{escaped, escaped_lines, head},
     picture::{COLUMNS, Look, Picture},
-    print::shown,
     size,
     stack::{Run, Stack},
 };
@@ -21,13 +21,6 @@ use crate::{
 pub const ROWS_MAX: usize = 2000;
 /// Side of a cell.
 const CELL: usize = 12;
-
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;\
-color:#1c2430;background:#fff}h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin-top:2rem}\
-table{border-collapse:collapse;font-size:.9rem}td,th{padding:.15rem .9rem .15rem 0;text-align:left;\
-vertical-align:top;overflow-wrap:anywhere}td.n{font-family:ui-monospace,monospace}tr.bad{color:#b00020}\
-pre{font-size:.85rem;overflow-x:auto}svg{width:100%;height:auto}.key span{margin-right:1.2rem}\
-@media(prefers-color-scheme:dark){body{color:#dde3ea;background:#14181d}tr.bad{color:#ff7a8a}}";
 
 /// What the map's part of a page shows.
 pub struct Mapped<'a> {
@@ -60,11 +53,7 @@ impl<'a> Mapped<'a> {
 
 /// The whole page.
 pub fn page(title: &str, infos: &[Info], mapped: Option<&Mapped<'_>>) -> String {
-    let title = escaped(title);
-    let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
-         content=\"width=device-width\"><title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-    );
+    let mut page = head(title, "");
     for info in infos {
         page.push_str("<table>");
         for (name, value) in info.rows() {
@@ -152,27 +141,6 @@ fn listing(page: &mut String, mapped: &Mapped<'_>) {
     if more > 0 {
         let _ = writeln!(page, "<p>and {more} more: see `-o json`</p>");
     }
-}
-
-/// Text that stays text wherever it is put.
-fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in shown(text).chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            c => escaped.push(c),
-        }
-    }
-    escaped
-}
-
-/// The same for a table, whose lines are its own.
-fn escaped_lines(text: &str) -> String {
-    text.lines().map(escaped).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]

@@ -16,10 +16,12 @@ use bedplate_engine::{
 };
 use clap::Args;
 use serde::Serialize;
-use sha2::Sha512;
+use sha2::{Digest, Sha512};
 
 use crate::{
+    child::Child,
     content::{self, Content},
+    convert::each_piece,
     directory::{self, Directory},
     failure::Result,
     html::{self, Mapped},
@@ -56,7 +58,7 @@ pub struct InfoArgs {
     /// Show the files below it too
     #[arg(long)]
     backing_chain: bool,
-    /// Show the SHA-512 of the file as it is
+    /// Show the SHA-512 of the file as it is; of a directory of layers, that of the content that a guest reads
     #[arg(long)]
     digest: bool,
     /// How to print
@@ -68,6 +70,9 @@ pub struct InfoArgs {
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Info {
+    /// The file itself; directories have none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub children: Vec<Child>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtual_size: Option<u64>,
     pub filename: String,
@@ -93,6 +98,9 @@ pub struct Info {
     pub content: Option<Content>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha512: Option<String>,
+    /// Of what a guest reads, for what is no file; neither this nor the one above is `qemu-img`'s key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_sha512: Option<String>,
     /// What is wrong; not `qemu-img`'s key.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damage: Vec<String>,
@@ -159,6 +167,9 @@ impl Info {
         }
         if let Some(sha512) = &self.sha512 {
             rows.push(("sha512".to_owned(), sha512.clone()));
+        }
+        if let Some(sha512) = &self.guest_sha512 {
+            rows.push(("guest sha512".to_owned(), sha512.clone()));
         }
         rows.extend(self.unsupported.iter().map(|what| ("not read".to_owned(), what.clone())));
         rows.extend(self.damage.iter().map(|what| ("DAMAGE".to_owned(), what.clone())));
@@ -244,12 +255,32 @@ fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
             }
         }
     }
-    if args.digest && !args.file.is_dir() {
-        for info in &mut infos {
-            info.sha512 = Some(digest::<Sha512>(Path::new(&info.filename))?);
+    match infos.first_mut() {
+        Some(directory) if args.digest && args.file.is_dir() => {
+            directory.guest_sha512 = Some(digest_of_guest(args)?);
         }
+        Some(_) if args.digest => {
+            for info in &mut infos {
+                info.sha512 = Some(digest::<Sha512>(Path::new(&info.filename))?);
+            }
+        }
+        Some(_) | None => {}
     }
     Ok(infos)
+}
+
+fn digest_of_guest(args: &InfoArgs) -> Result<String> {
+    let open = OpenArgs { format: None, snapshot: None, files: args.files.clone() };
+    let stack = source::open(&args.file, &open)?;
+    let bar = print::progress("hashing", stack.size());
+    let mut hash = Sha512::new();
+    each_piece(&stack, |bytes| {
+        hash.update(bytes);
+        bar.inc(bytes.len() as u64);
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    Ok(print::hex(&hash.finalize()))
 }
 
 /// What there is to say of a file or directory, without those below it.
@@ -318,6 +349,7 @@ fn of_file(file: &File, path: &Path, format: Format) -> EngineResult<Info> {
     let meta = file.metadata().map_err(|e| Error::io("stat", path, e))?;
     let again = || file.try_clone().map_err(|e| Error::io("open", path, e));
     let mut info = Info {
+        children: vec![Child::file(file, path)?],
         filename: path.display().to_string(),
         // Blocks of `stat` have 512 bytes, whatever the file system.
         actual_size: meta.blocks() * 512,

@@ -194,6 +194,10 @@ impl Layer for FileLayer {
         }
     }
 
+    fn files(&self) -> Vec<(&File, &Path)> {
+        vec![(&self.file, &self.path)]
+    }
+
     fn explain(&self, range: ByteRange) -> Error {
         Error::OutOfRange { start: range.start.0, len: range.len.0, size: self.size }
     }
@@ -226,5 +230,9 @@ impl Layer for QcowLayer {
 
     fn explain(&self, range: ByteRange) -> Error {
         self.layer.explain(range)
+    }
+
+    fn files(&self) -> Vec<(&File, &Path)> {
+        self.layer.sources().map(|source| (source.file(), source.path())).collect()
     }
 }

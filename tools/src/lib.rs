@@ -9,6 +9,7 @@
 #![cfg_attr(test, allow(clippy::indexing_slicing, reason = "tests know their bytes"))]
 
 mod check;
+mod child;
 mod compare;
 mod content;
 mod convert;
@@ -21,6 +22,7 @@ mod info;
 pub mod layer;
 mod longhorn;
 mod map;
+pub mod page;
 mod picture;
 mod print;
 mod qcow2_info;
@@ -36,7 +38,10 @@ pub mod written;
 
 use clap::Subcommand;
 
-pub use crate::failure::{Failure, Result};
+pub use crate::{
+    failure::{Failure, Result},
+    print::shown,
+};
 
 /// Look inside disk images and replica directories, read-only, without a node
 #[derive(Debug, Subcommand)]

@@ -26,6 +26,9 @@ use crate::{
     stack::{Floor, Layer, Stack},
 };
 
+/// What `--backing` says where there is no backing file.
+pub const NO_BACKING: &str = "none";
+
 /// What to do about a file that may not be opened.
 const REMEDY: &str = "name a directory that holds it with --allow-references DIR";
 

@@ -4,7 +4,7 @@
 //! layers with the newest on top. A stack answers where bytes are ([`Run`]) before it reads any, so that a map and a
 //! read never disagree. Damage and files that may not be opened are answers of the map; reading them is an error.
 
-use std::ops::ControlFlow;
+use std::{fs::File, ops::ControlFlow, path::Path};
 
 use bedplate_engine::{
     device::{Access, BlockDevice, Complete, Extent, ExtentKind, Geometry, Reply, Request},
@@ -46,6 +46,9 @@ pub trait Layer: Send + Sync {
 
     /// Why `range`, which is [`Place::Damaged`], cannot be read.
     fn explain(&self, range: ByteRange) -> Error;
+
+    /// The files that its bytes come from, and those that say where the bytes are.
+    fn files(&self) -> Vec<(&File, &Path)>;
 }
 
 /// What is below the lowest layer.
@@ -148,6 +151,11 @@ impl Stack {
             Floor::Unopened { name, .. } => Some(name.as_str()),
         };
         self.layers.iter().map(|layer| layer.name()).chain(unopened).collect()
+    }
+
+    /// Every file that takes part, as it is held open: those of the top layer first.
+    pub fn files(&self) -> Vec<(&File, &Path)> {
+        self.layers.iter().flat_map(|layer| layer.files()).collect()
     }
 
     /// Call `found` for each run of `range` in order, until it breaks. Neighbours that go on are one run.

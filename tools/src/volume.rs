@@ -32,7 +32,7 @@ use serde::Deserialize;
 
 use crate::{
     layer::open_file,
-    source::{self, Chain, FileArgs},
+    source::{self, Chain, FileArgs, NO_BACKING},
     stack::{Floor, Layer, Stack},
 };
 
@@ -103,6 +103,12 @@ impl VolumeDir {
     fn below(&self, args: &FileArgs) -> Result<(Vec<Box<dyn Layer>>, Floor)> {
         let Some(image) = &self.record.image else { return Ok((Vec::new(), Floor::Zeros)) };
         if let Some(backing) = &args.backing {
+            if backing.as_os_str() == NO_BACKING {
+                let name = &image.name;
+                return Err(Error::Invalid(format!(
+                    "--backing none: the volume stands on the image {name:?}"
+                )));
+            }
             let file = open_file(backing)?;
             let format = source::probe(&file, backing)?;
             let allowed = args.allowed()?;
@@ -169,6 +175,7 @@ fn image_record(file: File) -> Result<ImageRecord, String> {
 struct BlockLayer {
     name: String,
     data: Arc<dyn StorageFile>,
+    map: Arc<dyn StorageFile>,
     index: HeadIndex,
     lost: Vec<BlockRange>,
     size: u64,
@@ -176,8 +183,8 @@ struct BlockLayer {
 
 impl BlockLayer {
     fn new(layer: EngineLayer, size: u64) -> BlockLayer {
-        let EngineLayer { uuid, data, index, lost, .. } = layer;
-        BlockLayer { name: uuid.to_string(), data, index, lost, size }
+        let EngineLayer { uuid, data, map, index, lost, .. } = layer;
+        BlockLayer { name: uuid.to_string(), data, map, index, lost, size }
     }
 
     /// The segments of blocks of which the map says something.
@@ -251,6 +258,11 @@ impl Layer for BlockLayer {
                 Ok(())
             }
         }
+    }
+
+    fn files(&self) -> Vec<(&File, &Path)> {
+        let files = [&self.data, &self.map];
+        files.into_iter().filter_map(|file| Some((file.os_file()?, file.path()))).collect()
     }
 
     fn explain(&self, range: ByteRange) -> Error {

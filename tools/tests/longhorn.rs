@@ -106,6 +106,76 @@ fn every_head_and_snapshot_reads_as_the_engine_read_it() {
 }
 
 #[test]
+fn the_digest_of_a_directory_is_that_of_its_content_and_needs_all_of_it() {
+    for which in REPLICAS {
+        let fixture = Fixture::unpack(which);
+        let info = |flags: &[&str]| {
+            let args = ["info", fixture.replica.to_str().unwrap(), "--digest", "-o", "json"];
+            inspect(&[&args[..], flags].concat())
+        };
+        let backing: Vec<&str> = fixture.backing.iter().map(String::as_str).collect();
+        let said = info(&backing).json();
+        assert_eq!(said["guest-sha512"], fixture.head(), "{which:?}");
+        assert_eq!(said.get("sha512"), None);
+        if !backing.is_empty() {
+            let refused = info(&[]);
+            assert_eq!(refused.code, 1);
+            assert!(refused.stderr.contains("--backing"), "{}", refused.stderr);
+        }
+    }
+}
+
+/// Leave what Longhorn would have left beside a layer.
+fn leave_checksum(layer: &Path, sum: &str, changed_at: &str, found: &str) {
+    let text = format!(
+        r#"{{"method":"crc64","checksum":"{sum}","change_time":"{changed_at}","last_hashed_at":"x","silently_corrupted":{found}}}"#
+    );
+    fs::write(format!("{}.checksum", layer.display()), text).unwrap();
+}
+
+#[test]
+fn the_checksums_that_longhorn_left_are_held_against_the_files() {
+    let fixture = Fixture::unpack(REPLICAS[0]);
+    let name = fixture.expected["snapshots"].as_object().unwrap().keys().next().unwrap();
+    let layer = fixture.path(&format!("volume-snap-{name}.img"));
+    let changed_at = || {
+        let said = run("stat", &["-c", "%z", layer.to_str().unwrap()]);
+        format!("{} UTC", said.stdout.trim_end())
+    };
+    let sum = || {
+        let crc = crc::Crc::<u64>::new(&crc::CRC_64_GO_ISO);
+        format!("{:016x}", crc.checksum(&fs::read(&layer).unwrap()))
+    };
+    let check = |flags: &[&str]| {
+        let done = inspect(&[&["check", fixture.replica.to_str().unwrap()][..], flags].concat());
+        (done.code, done.stdout)
+    };
+    let (then, was) = (changed_at(), sum());
+    leave_checksum(&layer, &was, &then, "false");
+    assert_eq!(check(&["--data"]).0, 0);
+
+    // A byte of a hole or of data, it does not matter.
+    File::options().write(true).open(&layer).unwrap().write_all_at(b"?", 12345).unwrap();
+    assert_eq!(check(&[]).0, 0, "without leave to read it nothing is found");
+    let (code, said) = check(&["--data"]);
+    assert!(code == 3 && said.contains(&was) && said.contains(&sum()), "{code} {said}");
+    leave_checksum(&layer, &was, &changed_at(), "false");
+    let (code, said) = check(&["--data"]);
+    assert!(code == 2 && said.contains("has not been written to since"), "{code} {said}");
+    leave_checksum(&layer, &sum().to_uppercase(), &then, "false");
+    assert_eq!(check(&["--data"]).0, 0, "what agrees is good, whenever it was taken");
+
+    leave_checksum(&layer, &"9z".repeat(1000), &then, "false");
+    let (code, said) = check(&["--data"]);
+    assert!(code == 3 && said.contains("is no CRC-64") && said.len() < 1000, "{code} {said}");
+    leave_checksum(&layer, &sum(), &then, "true");
+    assert_eq!(check(&[]).0, 2);
+    fs::write(format!("{}.checksum", layer.display()), "").unwrap();
+    let (code, said) = check(&["--data"]);
+    assert!(code == 3 && said.contains("says nothing"), "{code} {said}");
+}
+
+#[test]
 fn info_shows_the_chain_and_check_finds_nothing() {
     for which in REPLICAS {
         let fixture = Fixture::unpack(which);

@@ -102,6 +102,7 @@ fn info_has_the_keys_of_qemu_img_with_its_values() {
         assert_eq!(ours.len(), theirs.len(), "{name}");
         for (ours, theirs) in ours.iter().zip(theirs) {
             let keys = [
+                "children",
                 "virtual-size",
                 "format",
                 "actual-size",

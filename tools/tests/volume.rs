@@ -198,6 +198,8 @@ fn damage_of_maps_and_missing_files_is_named() {
     let out = fixture.dir.path().join("out");
     let refused = inspect(&["convert", &volume, out.to_str().unwrap()]);
     assert!(refused.stderr.contains("--backing FILE"), "{}", refused.stderr);
+    let refused = inspect(&["convert", &volume, out.to_str().unwrap(), "--backing", "none"]);
+    assert!(refused.code == 2 && refused.stderr.contains("image \"base\""), "{}", refused.stderr);
     let image = fixture.dir.path().join("elsewhere").join(dir_name("base", fixture.image.uuid)).join("image");
     fs::write(&data, fs::read(&data).unwrap()).unwrap();
     let found = inspect(&["convert", &volume, out.to_str().unwrap(), "--backing", image.to_str().unwrap()]);

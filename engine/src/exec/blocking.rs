@@ -1,106 +1,17 @@
-//! The blocking executor: a loop around the core in the calling thread.
-//!
-//! Owns [`Executor`], a live volume. A request's thread carries out the actions that its operation owns, one after
-//! another; actions of other operations that its completions set free go to those operations' threads, and
-//! housekeeping to the [`Housekeeper`]. The core is entered under a short lock, never across I/O. Reads take no lock:
-//! they load the published [`View`] and follow it.
+//! The blocking executor: a thread carries its own request's actions out, one after another, and waits in between.
 
-use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
-    time::{Duration, Instant},
-};
-
-use arc_swap::ArcSwap;
-use rustc_hash::FxHashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::{
-    head::HeadFiles,
-    housekeeper::Housekeeper,
-    pauses::Pauses,
+    carrier::{Carrier, Message, Planned, Reporter},
+    executor::Shared,
     request::Buffers,
-    view::{View, uncertain_bytes},
 };
-use crate::{
-    cow::{
-        blocks::BlockSet,
-        core::{Action, CopySource, Core, HeadState, Op, OpId, Output, Step},
-        map::log::LogEnd,
-        plan::Index,
-    },
-    device::{
-        Access, BlockDevice, Complete, Durability, Extent, ExtentKind, Geometry, Reply, Request, check_length,
-    },
-    error::{Error, Result},
-    units::{BlockRange, ByteRange},
-};
-
-/// How long a volume that is dropped waits for its housekeeping; longer than that, its medium hangs.
-const CLOSE_WAIT_MAX: Duration = Duration::from_secs(10);
-
-/// A volume whose head takes writes. Dropping it waits for what it still has under way, so that the disk can be opened
-/// again at once.
-#[derive(Debug)]
-pub struct Executor {
-    shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
-    live: ArcSwap<Live>,
-    /// Indexes that were replaced; a reader may still follow one while it can be upgraded.
-    epochs: Mutex<Vec<Weak<Index>>>,
-    /// Set when the layer fails, before anybody is told of it: [`Core::uncertain`].
-    uncertain: OnceLock<Arc<BlockSet>>,
-    housekeeper: Arc<Housekeeper>,
-    housekeeping: Arc<Housekeeping>,
-    pauses: Mutex<Pauses>,
-}
-
-/// Actions of this volume that the housekeeper has. Apart from [`Shared`], which each of them holds.
-#[derive(Debug, Default)]
-struct Housekeeping {
-    count: Mutex<usize>,
-    changed: Condvar,
-}
-
-impl Housekeeping {
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn begin(self: &Arc<Self>) -> Housework {
-        *self.lock() += 1;
-        Housework(self.clone())
-    }
-}
-
-/// One such action, until this is dropped.
-struct Housework(Arc<Housekeeping>);
-
-impl Drop for Housework {
-    fn drop(&mut self) {
-        *self.0.lock() -= 1;
-        self.0.changed.notify_all();
-    }
-}
-
-/// What the volume is made of between two life operations.
-#[derive(Debug)]
-struct Live {
-    view: View,
-    head: Arc<HeadFiles>,
-}
-
-#[derive(Debug)]
-struct State {
-    core: Core,
-    mailboxes: FxHashMap<OpId, Arc<Mailbox>>,
-}
+use crate::{cow::core::Op, error::Result};
 
 /// Where the thread of an operation learns what to do.
 #[derive(Debug, Default)]
-struct Mailbox {
+pub(super) struct Mailbox {
     messages: Mutex<Messages>,
     arrived: Condvar,
 }
@@ -111,36 +22,16 @@ struct Messages {
     result: Option<Result<()>>,
 }
 
-/// An action with what was live when it was planned: a later view may not have the files that it names.
-#[derive(Debug)]
-struct Planned {
-    action: Action,
-    live: Arc<Live>,
-}
-
-impl Planned {
-    fn carry_out(&self, buffers: &mut Buffers<'_>) -> Result<Output> {
-        buffers.carry_out(&self.action.kind, &self.live.head, &self.live.view)
-    }
-}
-
-enum Message {
-    Do(Planned),
-    Done(Result<()>),
-}
-
 impl Mailbox {
     fn lock(&self) -> MutexGuard<'_, Messages> {
         self.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, action: Planned) {
-        self.lock().actions.push(action);
-        self.arrived.notify_one();
-    }
-
-    fn finish(&self, result: Result<()>) {
-        self.lock().result = Some(result);
+    pub fn put(&self, message: Message) {
+        match message {
+            Message::Do(planned) => self.lock().actions.push(planned),
+            Message::Done(result) => self.lock().result = Some(result),
+        }
         self.arrived.notify_one();
     }
 
@@ -159,305 +50,19 @@ impl Mailbox {
     }
 }
 
-impl State {
-    /// Hand out what came of a call; returns what nobody waits for, which is not put under a lock: its queue may block.
-    #[must_use]
-    fn dispatch(&mut self, step: Step, live: &Arc<Live>) -> Vec<Planned> {
-        let mut housekeeping = Vec::new();
-        for action in step.actions {
-            let mailbox = action.op.and_then(|op| self.mailboxes.get(&op));
-            let planned = Planned { action, live: live.clone() };
-            match mailbox {
-                Some(mailbox) => mailbox.put(planned),
-                None => housekeeping.push(planned),
-            }
-        }
-        for (op, result) in step.finished {
-            if let Some(mailbox) = self.mailboxes.remove(&op) {
-                mailbox.finish(result);
-            }
-        }
-        housekeeping
-    }
-}
-
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Let reads follow `live`. Whoever follows what was before holds its epoch.
-    fn publish(&self, live: Live) {
-        let old = self.live.swap(Arc::new(live));
-        let mut epochs = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
-        epochs.retain(|epoch| epoch.strong_count() > 0);
-        epochs.push(Arc::downgrade(&old.view.index));
-    }
-
-    fn keep_house(self: &Arc<Self>, actions: Vec<Planned>) {
-        for planned in actions {
-            let work = self.housekeeping.begin();
-            let shared = self.clone();
-            self.housekeeper.run(move || {
-                // Dropped last: whoever waits for it finds nothing open that this action had.
-                let _work = work;
-                let (shared, planned) = (shared, planned);
-                let result = planned.carry_out(&mut Buffers::default());
-                shared.complete(&planned.action, result);
-            });
-        }
-    }
-
-    fn complete(self: &Arc<Self>, action: &Action, result: Result<Output>) {
-        let housekeeping = {
-            let mut state = self.lock();
-            let step = state.core.complete(action.id, result);
-            if let Some(blocks) = state.core.uncertain() {
-                self.uncertain.get_or_init(|| blocks.clone());
-            }
-            state.dispatch(step, &self.live.load())
-        };
-        self.keep_house(housekeeping);
-    }
-
     /// Run an operation to its end in this thread.
-    fn run(self: &Arc<Self>, op: Op, buffers: &mut Buffers<'_>) -> Result<()> {
+    pub(super) fn run(self: &Arc<Self>, op: Op, buffers: &mut Buffers<'_>) -> Result<()> {
         let mailbox = Arc::new(Mailbox::default());
-        let housekeeping = {
-            let mut state = self.lock();
-            let (id, step) = state.core.submit(op)?;
-            state.mailboxes.insert(id, mailbox.clone());
-            state.dispatch(step, &self.live.load())
-        };
-        self.keep_house(housekeeping);
+        self.submit(op, Carrier::Thread(mailbox.clone()), &mut Reporter::Thread)?;
         loop {
             match mailbox.take() {
                 Message::Done(result) => return result,
                 Message::Do(planned) => {
                     let result = planned.carry_out(buffers);
-                    self.complete(&planned.action, result);
+                    self.complete(planned.action.id, result, &mut Reporter::Thread);
                 }
             }
         }
-    }
-}
-
-/// A volume between a barrier and its switch: no change is admitted, everything that was is on disk. Dropping it goes
-/// on with the same head.
-#[derive(Debug)]
-#[must_use = "changes queue until this is dropped"]
-pub struct Barrier<'a> {
-    executor: &'a Executor,
-    since: Instant,
-    ended: bool,
-}
-
-/// Another head for a volume, with its files.
-#[derive(Debug)]
-pub struct NewHead {
-    pub state: HeadState,
-    pub view: View,
-    pub files: Arc<HeadFiles>,
-}
-
-impl Barrier<'_> {
-    /// Go on with another head, whose record is on disk.
-    pub fn install(mut self, head: NewHead) {
-        self.ended = true;
-        let shared = &self.executor.shared;
-        let housekeeping = {
-            let mut state = shared.lock();
-            shared.publish(Live { view: head.view, head: head.files });
-            let step = state.core.install(head.state);
-            state.dispatch(step, &shared.live.load())
-        };
-        shared.keep_house(housekeeping);
-    }
-
-    /// Nobody knows whether the switch happened: take no more writes, until the next opening finds out.
-    pub fn poison(self, error: &Error) {
-        let head = self.executor.head();
-        let reason = format!("a life operation may or may not have happened: {error}");
-        tracing::error!(layer = %head.dir, %reason, "the volume takes no more writes until it is opened again");
-        self.executor.shared.lock().core.poison(reason.into());
-    }
-}
-
-impl Drop for Barrier<'_> {
-    fn drop(&mut self) {
-        let shared = &self.executor.shared;
-        shared.pauses.lock().unwrap_or_else(PoisonError::into_inner).add(self.since.elapsed());
-        if self.ended {
-            return;
-        }
-        let housekeeping = {
-            let mut state = shared.lock();
-            let step = state.core.resume();
-            state.dispatch(step, &shared.live.load())
-        };
-        shared.keep_house(housekeeping);
-    }
-}
-
-impl Executor {
-    pub fn new(head: NewHead, housekeeper: Arc<Housekeeper>) -> Executor {
-        let core = Core::new(head.state, head.files.data.write_align());
-        let state = Mutex::new(State { core, mailboxes: FxHashMap::default() });
-        let live = ArcSwap::from_pointee(Live { view: head.view, head: head.files });
-        let (epochs, uncertain) = (Mutex::default(), OnceLock::new());
-        let (housekeeping, pauses) = (Arc::default(), Mutex::default());
-        let shared = Shared { state, live, epochs, uncertain, housekeeper, housekeeping, pauses };
-        Executor { shared: Arc::new(shared) }
-    }
-
-    /// What reads follow now.
-    pub fn view(&self) -> View {
-        self.shared.live.load().view.clone()
-    }
-
-    /// The head's files.
-    pub fn head(&self) -> Arc<HeadFiles> {
-        self.shared.live.load().head.clone()
-    }
-
-    /// Why the volume takes no more writes, if so.
-    pub fn failed(&self) -> Option<Arc<str>> {
-        self.shared.lock().core.failed().cloned()
-    }
-
-    /// Once the volume takes no more writes: the blocks that changed since the last commit, which cannot be read.
-    pub fn uncertain(&self) -> Option<&Arc<BlockSet>> {
-        self.shared.uncertain.get()
-    }
-
-    /// The first bytes of `range` that cannot be read since the layer failed. Asked *after* the bytes were looked for: a
-    /// failure that comes between the two then counts.
-    fn uncertain_in(&self, range: ByteRange) -> Option<ByteRange> {
-        self.uncertain().and_then(|blocks| uncertain_bytes(blocks, range))
-    }
-
-    /// Whether every action that was asked for has ended.
-    pub fn is_quiet(&self) -> bool {
-        self.shared.lock().core.is_quiet()
-    }
-
-    /// Where the head's log ends. Only steady behind a barrier.
-    pub fn log_end(&self) -> LogEnd {
-        self.shared.lock().core.log_end()
-    }
-
-    /// Stop admitting changes, wait for those under way, commit. The sync that comes first keeps the pause short.
-    pub fn barrier(&self) -> Result<Barrier<'_>> {
-        self.flush()?;
-        let since = Instant::now();
-        self.shared.run(Op::Barrier, &mut Buffers::default())?;
-        Ok(Barrier { executor: self, since, ended: false })
-    }
-
-    /// How long changes had to wait for life operations so far.
-    pub fn pauses(&self) -> Pauses {
-        *self.shared.pauses.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Bring blocks up into the head. At most [`COPY_BLOCKS_MAX`](crate::cow::core::COPY_BLOCKS_MAX) blocks.
-    pub fn copy_up(&self, blocks: BlockRange, from: CopySource) -> Result<()> {
-        self.shared.run(Op::CopyUp { blocks, from }, &mut Buffers::default())
-    }
-
-    /// Follow another view of the same head, which reads the same; the old one's epoch ends.
-    pub fn republish(&self, change: impl FnOnce(&View) -> View) {
-        let mut state = self.shared.lock();
-        let live = self.shared.live.load_full();
-        let view = change(&live.view);
-        state.core.republish(&view.index);
-        self.shared.publish(Live { view, head: live.head.clone() });
-    }
-
-    /// Whether nobody follows an index that was replaced, so that what only those name can be given back.
-    pub fn no_old_readers(&self) -> bool {
-        let mut epochs = self.shared.epochs.lock().unwrap_or_else(PoisonError::into_inner);
-        epochs.retain(|epoch| epoch.strong_count() > 0);
-        epochs.is_empty()
-    }
-}
-
-impl Drop for Executor {
-    fn drop(&mut self) {
-        let housekeeping = &self.shared.housekeeping;
-        let under_way = |count: &mut usize| *count > 0;
-        let waited = housekeeping.changed.wait_timeout_while(housekeeping.lock(), CLOSE_WAIT_MAX, under_way);
-        let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if *count > 0 {
-            tracing::warn!(layer = %self.head().dir, "closed while its medium does not answer");
-        }
-    }
-}
-
-impl BlockDevice for Executor {
-    fn geometry(&self) -> Geometry {
-        Geometry { size: self.shared.live.load().view.size(), access: Access::ReadWrite }
-    }
-
-    fn submit(&self, request: Request, complete: Complete) {
-        let (result, buffer) = match request {
-            Request::Read { offset, mut buffer } => (self.read_at(&mut buffer, offset), buffer),
-            Request::Write { offset, data, durability } => (self.write_at(&data, offset, durability), data),
-            Request::Zero { range, durability } => (self.zero(range, durability), Vec::new()),
-            Request::Discard { range } => (self.discard(range), Vec::new()),
-            Request::Flush => (self.flush(), Vec::new()),
-        };
-        complete(Reply { result, buffer });
-    }
-
-    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
-        let extents = self.shared.live.load().view.extents(range)?;
-        // What cannot be read counts as data, so that whoever wants it reads it and is told.
-        match self.uncertain_in(range) {
-            None => Ok(extents),
-            Some(part) if part.start == range.start => {
-                Ok(vec![Extent { range: part, kind: ExtentKind::Data }])
-            }
-            Some(part) => {
-                let certain = ByteRange { start: range.start, len: part.start.since(range.start) };
-                let inside =
-                    |extent: Extent| extent.range.intersect(certain).map(|range| Extent { range, ..extent });
-                Ok(extents.into_iter().filter_map(inside).collect())
-            }
-        }
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        check_length(buffer.len() as u64)?;
-        self.shared.live.load().view.read_at(buffer, offset)?;
-        match self.uncertain_in(ByteRange::new(offset, buffer.len() as u64)) {
-            None => Ok(()),
-            Some(part) => Err(Error::uncertain(part, self.failed())),
-        }
-    }
-
-    fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> Result<()> {
-        check_length(data.len() as u64)?;
-        self.head_reserve_admits()?;
-        let range = ByteRange::new(offset, data.len() as u64);
-        self.shared.run(Op::Write { range, durability }, &mut Buffers::of_write(offset, data))
-    }
-
-    fn zero(&self, range: ByteRange, durability: Durability) -> Result<()> {
-        self.shared.run(Op::Zero { range, durability }, &mut Buffers::default())
-    }
-
-    fn discard(&self, range: ByteRange) -> Result<()> {
-        self.zero(range, Durability::Volatile)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.shared.run(Op::Flush, &mut Buffers::default())
-    }
-}
-
-impl Executor {
-    /// Writes are refused while the disk is so full that its reserve was given up; flush and discard are not.
-    fn head_reserve_admits(&self) -> Result<()> {
-        self.shared.live.load().head.reserve.admit()
     }
 }

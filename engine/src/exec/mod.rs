@@ -1,15 +1,22 @@
 //! Who carries the core's actions out.
 //!
-//! [`storage`] is the operating system as the engine sees it; [`view`] what reads follow; [`blocking`] a loop around
-//! the core in the calling thread; [`simulated`] every order, for tests.
+//! [`storage`] is the operating system as the engine sees it; [`view`] what reads follow; [`executor`] a live volume.
+//! Its actions are carried out by the thread that asked (`blocking.rs`) or on a worker's ring ([`ring`]); [`simulated`]
+//! has every order, for tests.
 
-pub mod blocking;
-pub mod buffer;
+pub mod asynchronous;
+mod blocking;
+mod carrier;
+pub mod choice;
+pub mod executor;
 pub mod head;
-pub mod housekeeper;
 pub mod pauses;
+pub mod pool;
 pub mod request;
 pub mod reserve;
+pub mod ring;
 pub mod simulated;
 pub mod storage;
 pub mod view;
+
+pub use crate::buffer;

@@ -40,6 +40,11 @@ impl Reserve {
         self.storage.allocate(PATH, 0).is_ok()
     }
 
+    /// Whether [`Reserve::admit`] has to ask the disk.
+    pub fn is_spent(&self) -> bool {
+        self.spent.load(Ordering::Acquire)
+    }
+
     /// Whether a change that takes space may start.
     pub fn admit(&self) -> Result<()> {
         if !self.spent.load(Ordering::Acquire) || self.retake() {

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::storage::StorageFile;
+use super::{asynchronous::Located, storage::StorageFile};
 use crate::{
     cow::{
         blocks::BlockSet,
@@ -78,6 +78,34 @@ impl View {
             result.is_ok()
         });
         result
+    }
+
+    /// Call `found` with where the bytes of each part of `range` are, in order and without gaps.
+    pub fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) -> Result<()> {
+        let range = ByteRange::within(range.start.0, range.len.0, self.index.size)?;
+        self.index.each(range, |segment| {
+            self.locate_segment(segment, found);
+            true
+        });
+        Ok(())
+    }
+
+    /// The same for a segment of a plan. What is missing or lost waits for whoever reads it and is told.
+    pub fn locate_segment(&self, segment: Segment, found: &mut dyn FnMut(ByteRange, Located<'_>)) {
+        let range = segment.range;
+        let file = match segment.place {
+            Place::Zero => return found(range, Located::Zeros),
+            Place::Base => match &self.base {
+                Some(base) => return base.locate(range, found),
+                None => None,
+            },
+            Place::Head => self.head.as_ref(),
+            Place::Layer(slot) => self.layers.get(slot),
+            Place::Lost(_) => None,
+        };
+        let descriptor = file.and_then(|file| file.descriptor());
+        let in_file = |file| Located::File { file, offset: range.start.0 };
+        found(range, descriptor.map_or(Located::Waits, in_file));
     }
 
     /// Fill `buffer`, which is as long as the segment.

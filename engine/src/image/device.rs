@@ -9,7 +9,11 @@ use super::BaseImage;
 use crate::{
     device::{Access, BlockDevice, Complete, Extent, ExtentKind, Geometry, Reply, Request, check_length},
     error::{Error, Result},
-    units::{ByteLen, ByteRange, SECTOR_SIZE, to_usize},
+    exec::{
+        asynchronous::{Asynchronous, Located, Pin},
+        executor::Shared,
+    },
+    units::{ByteLen, ByteOffset, ByteRange, SECTOR_SIZE, to_usize},
 };
 
 /// An image that is open.
@@ -80,6 +84,35 @@ impl BlockDevice for ImageDevice {
             extents.push(Extent { range: past_end, kind: ExtentKind::Zero });
         }
         Ok(extents)
+    }
+
+    fn asynchronous(&self) -> Option<&dyn Asynchronous> {
+        Some(self)
+    }
+}
+
+impl Asynchronous for ImageDevice {
+    fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) -> Result<Pin> {
+        let range = ByteRange::within(range.start.0, range.len.0, self.size)?;
+        let content = ByteRange { start: ByteOffset(0), len: self.image.len() };
+        let held = range.intersect(content);
+        if let Some(held) = held {
+            self.image.locate(held, found);
+        }
+        let start = held.map_or(range.start, ByteRange::end);
+        let past_end = ByteRange { start, len: range.end().since(start) };
+        if !past_end.is_empty() {
+            found(past_end, Located::Zeros);
+        }
+        Ok(Pin::DEVICE)
+    }
+
+    fn confirm(&self, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+
+    fn changes(&self) -> Result<&Arc<Shared>> {
+        Err(Error::ReadOnly { what: "an image".into() })
     }
 }
 

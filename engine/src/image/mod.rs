@@ -4,6 +4,8 @@
 //! from any thread without a lock. The formats are [`raw`] and [`qcow2`]; [`Format::of`] tells them by their magic.
 
 pub mod device;
+pub mod file;
+pub mod follow;
 pub mod qcow2;
 pub mod raw;
 pub mod references;
@@ -19,6 +21,7 @@ use self::{
 use crate::{
     device::Extent,
     error::{Error, Result},
+    exec::asynchronous::Located,
     units::{ByteLen, ByteRange},
 };
 
@@ -35,6 +38,15 @@ pub trait BaseImage: Send + Sync + fmt::Debug {
     /// Where `range`, within [`BaseImage::len`], holds data: runs in order, without gaps; at least one where the range is
     /// not empty, and maybe not all. Zeros may be called data.
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>>;
+
+    /// Call `found` with where the bytes of each part of `range`, within [`BaseImage::len`], are: in order, without
+    /// gaps, and without waiting for anything.
+    fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) {
+        found(range, Located::Waits);
+    }
+
+    /// `range` is likely to be read soon: begin, and do not wait. A hint.
+    fn read_ahead(&self, _range: ByteRange) {}
 }
 
 /// Bytes that [`Format::of`] wants to see.

@@ -1,19 +1,21 @@
 //! A raw image: the file's bytes are the content.
 //!
-//! Read through the page cache, so that every volume over the image shares one copy of what is hot. The file is
-//! immutable, so its holes may be asked of the file system: a hole of an image is zeros and stays zeros.
+//! Read through the page cache, so that every volume over the image shares one copy of what is hot, or past it where a
+//! node's memory belongs to others ([`file`](super::file)). The file is immutable, so its holes may be asked of the file
+//! system: a hole of an image is zeros and stays zeros.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::PathBuf};
+use std::{fs::File, io, path::PathBuf};
 
 use nix::{
     errno::Errno,
     unistd::{Whence, lseek64},
 };
 
-use super::BaseImage;
+use super::{BaseImage, file::ImageFile};
 use crate::{
     device::{Extent, ExtentKind},
     error::{Corruption, Error, Result},
+    exec::asynchronous::Located,
     units::{ByteLen, ByteOffset, ByteRange},
 };
 
@@ -22,33 +24,32 @@ const EXTENTS_MAX: usize = 1024;
 
 #[derive(Debug)]
 pub struct RawImage {
-    file: File,
-    path: PathBuf,
+    file: ImageFile,
     len: ByteLen,
 }
 
 impl RawImage {
     /// Over `file`, which errors call `path`, and which must be a regular file of exactly `len` bytes.
     pub fn new(file: File, path: PathBuf, len: ByteLen) -> Result<RawImage> {
-        let meta = file.metadata().map_err(|e| Error::io("stat", &path, e))?;
-        if !meta.is_file() {
-            return Err(Error::Unsupported { path, what: "anything but a regular file".into() });
+        let file = ImageFile::new(file, &path)?;
+        let found = file.len();
+        if found != len.0 {
+            let what = Corruption::Field { field: "file length", value: found };
+            return Err(Error::Corrupt { path, what, at: ByteOffset(found) });
         }
-        if meta.len() != len.0 {
-            return Err(Error::Corrupt {
-                path,
-                what: Corruption::Field { field: "file length", value: meta.len() },
-                at: ByteOffset(meta.len()),
-            });
-        }
-        Ok(RawImage { file, path, len })
+        Ok(RawImage { file, len })
+    }
+
+    /// The file behind it: byte n of the content is byte n of the file.
+    pub fn file(&self) -> &ImageFile {
+        &self.file
     }
 
     fn seek(&self, at: u64, whence: Whence) -> Result<Option<u64>> {
-        match lseek64(&self.file, i64::try_from(at).unwrap_or(i64::MAX), whence) {
+        match lseek64(self.file.file(), i64::try_from(at).unwrap_or(i64::MAX), whence) {
             Ok(found) => Ok(u64::try_from(found).ok()),
             Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(Error::io("seek", &self.path, errno.into())),
+            Err(errno) => Err(Error::io("seek", self.file.path(), errno.into())),
         }
     }
 }
@@ -63,18 +64,23 @@ impl BaseImage for RawImage {
             // Somebody cut it.
             io::ErrorKind::UnexpectedEof => {
                 let what = Corruption::Truncated("image");
-                Error::Corrupt { path: self.path.clone(), what, at: ByteOffset(offset) }
+                Error::Corrupt { path: self.file.path().to_owned(), what, at: ByteOffset(offset) }
             }
-            _ => Error::io("read", &self.path, e),
+            _ => Error::io("read", self.file.path(), e),
         })
+    }
+
+    fn read_ahead(&self, range: ByteRange) {
+        self.file.read_ahead(range);
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
         // The end of a file that was cut looks like a hole.
-        let found = self.file.metadata().map_err(|e| Error::io("stat", &self.path, e))?.len();
+        let meta = self.file.file().metadata();
+        let found = meta.map_err(|e| Error::io("stat", self.file.path(), e))?.len();
         if found < self.len.0 {
             let what = Corruption::Truncated("image");
-            return Err(Error::Corrupt { path: self.path.clone(), what, at: ByteOffset(found) });
+            return Err(Error::Corrupt { path: self.file.path().to_owned(), what, at: ByteOffset(found) });
         }
         let mut extents = Vec::new();
         let end = range.end().0;
@@ -94,10 +100,16 @@ impl BaseImage for RawImage {
         }
         Ok(extents)
     }
+
+    fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) {
+        self.file.locate(range, range.start.0, found);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     #[test]

@@ -1,8 +1,8 @@
 //! One volume: a block device with a record, holders and a state.
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -16,7 +16,14 @@ use super::{
 use crate::{
     device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
     error::{Error, Result},
-    exec::{blocking::Executor, pauses::Pauses, storage::Storage, view::View},
+    exec::{
+        asynchronous::{Asynchronous, Located, Pin},
+        executor::{Executor, Shared},
+        pauses::Pauses,
+        ring::{Gate, Workers},
+        storage::Storage,
+        view::View,
+    },
     image::BaseImage,
     units::{ByteLen, ByteRange},
 };
@@ -24,6 +31,11 @@ use crate::{
 /// A volume of a disk.
 #[derive(Debug)]
 pub struct Volume {
+    /// For requests that outlive their submitter's call.
+    me: Weak<Volume>,
+    /// Who carries out what is submitted, if not whoever submits.
+    workers: Option<Arc<Workers>>,
+    gate: Arc<Gate>,
     pub(super) storage: Arc<dyn Storage>,
     record: Mutex<VolumeRecord>,
     pub(super) backend: Backend,
@@ -113,14 +125,22 @@ impl Drop for Claim<'_> {
 }
 
 impl Volume {
-    pub(super) fn new(storage: Arc<dyn Storage>, record: VolumeRecord, backend: Backend) -> Volume {
-        Volume {
+    pub(super) fn new(
+        storage: Arc<dyn Storage>,
+        workers: Option<Arc<Workers>>,
+        record: VolumeRecord,
+        backend: Backend,
+    ) -> Arc<Volume> {
+        Arc::new_cyclic(|me| Volume {
+            me: me.clone(),
+            workers,
+            gate: Arc::default(),
             storage,
             record: Mutex::new(record),
             backend,
             usage: Mutex::default(),
             released: Condvar::new(),
-        }
+        })
     }
 
     fn in_use(&self) -> MutexGuard<'_, Use> {
@@ -218,8 +238,15 @@ impl Volume {
     }
 
     pub fn info(&self) -> VolumeInfo {
+        self.info_with(&mut HashMap::new())
+    }
+
+    /// The same, with what is known of the space of layers, which it adds to.
+    pub(super) fn info_with(&self, known: &mut HashMap<Uuid, u64>) -> VolumeInfo {
         let record = self.record();
-        let allocated = record.layers.iter().map(|layer| self.allocated(layer.uuid)).sum();
+        let allocated = record.layers.iter().map(|layer| layer.uuid);
+        let allocated =
+            allocated.map(|layer| *known.entry(layer).or_insert_with(|| self.allocated(layer))).sum();
         VolumeInfo {
             uuid: record.uuid,
             size: ByteLen(record.size_bytes),
@@ -238,7 +265,11 @@ impl Volume {
 
     /// Bytes that a layer takes; a layer that is going away just now takes none.
     fn allocated(&self, layer: Uuid) -> u64 {
-        let path = crate::exec::head::data_path(&layer::dir(layer));
+        let dir = layer::dir(layer);
+        if let Some(head) = self.executor().map(Executor::head).filter(|head| head.dir == dir) {
+            return head.data.allocated().unwrap_or(0);
+        }
+        let path = crate::exec::head::data_path(&dir);
         let file = self.storage.open(&path, crate::exec::storage::Open::Read);
         file.and_then(|file| file.allocated()).unwrap_or(0)
     }
@@ -253,6 +284,9 @@ impl BlockDevice for Volume {
     }
 
     fn submit(&self, request: Request, complete: Complete) {
+        if let (Some(workers), Some(me)) = (&self.workers, self.me.upgrade()) {
+            return workers.submit(me, &self.gate, request, complete);
+        }
         match (&self.backend, request) {
             (Backend::Live(executor), request) => executor.submit(request, complete),
             (Backend::ReadOnly { view, .. }, Request::Read { offset, mut buffer }) => {
@@ -271,6 +305,9 @@ impl BlockDevice for Volume {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        if let Some((workers, me)) = self.calls_taken() {
+            return workers.read(me, &self.gate, buffer, offset);
+        }
         match &self.backend {
             Backend::Live(executor) => executor.read_at(buffer, offset),
             Backend::ReadOnly { view, .. } => {
@@ -281,6 +318,9 @@ impl BlockDevice for Volume {
     }
 
     fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> Result<()> {
+        if let Some((workers, me)) = self.calls_taken() {
+            return workers.write(me, &self.gate, data, offset, durability);
+        }
         match &self.backend {
             Backend::Live(executor) => executor.write_at(data, offset, durability),
             Backend::ReadOnly { .. } => self.refuse(),
@@ -288,6 +328,9 @@ impl BlockDevice for Volume {
     }
 
     fn zero(&self, range: ByteRange, durability: Durability) -> Result<()> {
+        if let Some((workers, me)) = self.calls_taken() {
+            return workers.zero(me, &self.gate, range, durability);
+        }
         match &self.backend {
             Backend::Live(executor) => executor.zero(range, durability),
             Backend::ReadOnly { .. } => self.refuse(),
@@ -299,14 +342,50 @@ impl BlockDevice for Volume {
     }
 
     fn flush(&self) -> Result<()> {
+        if let Some((workers, me)) = self.calls_taken() {
+            return workers.flush(me, &self.gate);
+        }
         match &self.backend {
             Backend::Live(executor) => executor.flush(),
             Backend::ReadOnly { .. } => self.refuse(),
         }
     }
+
+    fn asynchronous(&self) -> Option<&dyn Asynchronous> {
+        Some(self)
+    }
+}
+
+impl Asynchronous for Volume {
+    fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) -> Result<Pin> {
+        match &self.backend {
+            Backend::Live(executor) => executor.locate(range, found),
+            Backend::ReadOnly { view, .. } => view.locate(range, found).map(|()| Pin::DEVICE),
+        }
+    }
+
+    fn confirm(&self, range: ByteRange) -> Result<()> {
+        match &self.backend {
+            Backend::Live(executor) => executor.confirm(range),
+            Backend::ReadOnly { .. } => Ok(()),
+        }
+    }
+
+    fn changes(&self) -> Result<&Arc<Shared>> {
+        match &self.backend {
+            Backend::Live(executor) => executor.changes(),
+            Backend::ReadOnly { reason, .. } => Err(Error::Failed { reason: reason.as_str().into() }),
+        }
+    }
 }
 
 impl Volume {
+    /// Who carries a call of this thread out, if not itself.
+    fn calls_taken(&self) -> Option<(&Arc<Workers>, Arc<Volume>)> {
+        let workers = self.workers.as_ref().filter(|workers| workers.take_calls())?;
+        Some((workers, self.me.upgrade()?))
+    }
+
     fn refuse(&self) -> Result<()> {
         self.live().map(|_| ())
     }
@@ -342,6 +421,24 @@ impl BlockDevice for Snapshot {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         check_length(buffer.len() as u64)?;
         self.view.read_at(buffer, offset)
+    }
+
+    fn asynchronous(&self) -> Option<&dyn Asynchronous> {
+        Some(self)
+    }
+}
+
+impl Asynchronous for Snapshot {
+    fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) -> Result<Pin> {
+        self.view.locate(range, found).map(|()| Pin::DEVICE)
+    }
+
+    fn confirm(&self, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+
+    fn changes(&self) -> Result<&Arc<Shared>> {
+        Err(self.refusal())
     }
 }
 

@@ -5,15 +5,19 @@
 //! storage keeps the lock, so that it lasts as long as anything that can write) and 12 (one volume's failure stops neither
 //! another nor the start).
 //!
-//! Locks, in this order: `maintenance` (one merge or flatten at a time), `life` (one record switch at a time), `tree`
-//! (what is open; no file is read or written under it).
+//! Locks, in this order: `maintenance` (one merge or flatten at a time), `life` (one record switch at a time), one of
+//! `building` (an index over frozen layers is made once), `tree` (what is open; no file is read or written under it).
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashMap, HashSet, btree_map},
     fs::{File, OpenOptions},
+    num::NonZeroUsize,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use jiff::Timestamp;
@@ -34,11 +38,13 @@ use crate::{
     },
     error::{Corruption, Error, Result},
     exec::{
-        blocking::{Executor, NewHead},
+        choice::{ExecutorChoice, ExecutorKind},
+        executor::{Executor, NewHead},
         head::HeadFiles,
-        housekeeper::{Housekeeper, ThreadStart},
         pauses::Pauses,
+        pool::{Pool, ThreadStart},
         reserve::Reserve,
+        ring::{Taking, Workers},
         storage::{EntryKind, Open, Storage, file::FileStorage},
         view::View,
     },
@@ -50,6 +56,14 @@ const DISK_RECORD: &str = "bedplate.json";
 pub(super) const VOLUMES: &str = "volumes";
 const IMAGES: &str = "images";
 pub(super) const VOLUME_RECORD: &str = "volume.json";
+/// Threads of a disk for what no request waits for.
+const HOUSEKEEPERS: usize = 2;
+/// Workers of a disk.
+const WORKERS_MAX: usize = 4;
+/// Threads that open or flush all volumes of a real disk: mostly they wait for the medium.
+const THREADS: usize = 8;
+/// Locks of [`Disk::building`].
+const BUILDERS: usize = 16;
 /// Directories of volumes on their way in or out.
 pub(super) const TEMPORARY: &str = ".new-";
 
@@ -59,9 +73,14 @@ pub struct Disk {
     record: DiskRecord,
     pub(super) bases: Arc<dyn BaseSource>,
     pub(super) reserve: Arc<Reserve>,
-    housekeeper: Arc<Housekeeper>,
+    housekeeper: Arc<Pool>,
+    /// Who carries out what is submitted to volumes, if not whoever submits.
+    pub(super) workers: Option<Arc<Workers>>,
     pub(super) maintenance: Mutex<()>,
     pub(super) life: Mutex<()>,
+    /// By the layer on top of what is built.
+    building: [Mutex<()>; BUILDERS],
+    threads_max: usize,
     tree: Mutex<Tree>,
 }
 
@@ -76,24 +95,56 @@ pub struct Held {
     storage: Arc<dyn Storage>,
     record: DiskRecord,
     on_thread_start: ThreadStart,
+    executor: ExecutorChoice,
+    threads_max: usize,
 }
 
 impl Held {
     /// Take the directory `path`. An empty one becomes a disk. Refused while another process holds it.
     pub fn take(path: &Path) -> Result<Held> {
         let lock = lock(path)?;
-        Held::over(Arc::new(FileStorage::open(path)?.holding(lock)))
+        Held::of(Arc::new(FileStorage::open(path)?.holding(lock)), THREADS)
     }
 
-    fn over(storage: Arc<dyn Storage>) -> Result<Held> {
+    /// The same over any storage, without a lock between processes; in one thread, so that a simulated disk sees
+    /// the same each time.
+    pub fn over(storage: Arc<dyn Storage>) -> Result<Held> {
+        Held::of(storage, 1)
+    }
+
+    fn of(storage: Arc<dyn Storage>, threads_max: usize) -> Result<Held> {
         let record = initialise(&*storage)?;
-        Ok(Held { storage, record, on_thread_start: || {} })
+        let executor = ExecutorChoice::Blocking;
+        Ok(Held { storage, record, on_thread_start: || {}, executor, threads_max })
     }
 
     /// Let every thread that carries out requests of this disk, and is not its caller's own, run `hook` first.
     #[must_use]
     pub fn on_thread_start(self, hook: ThreadStart) -> Held {
         Held { on_thread_start: hook, ..self }
+    }
+
+    /// Who carries out what is submitted to its volumes; whoever submits, if nobody says otherwise.
+    #[must_use]
+    pub fn executor(self, executor: ExecutorChoice) -> Held {
+        Held { executor, ..self }
+    }
+
+    fn start_workers(&self) -> Result<Option<Arc<Workers>>> {
+        let count = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(WORKERS_MAX);
+        let start = |taking| Workers::start(count, taking, self.on_thread_start).map(Arc::new);
+        match self.executor {
+            ExecutorChoice::Blocking => Ok(None),
+            ExecutorChoice::Ring => start(Taking::All).map(Some),
+            ExecutorChoice::Auto => match start(Taking::Submissions) {
+                Ok(workers) => Ok(Some(workers)),
+                Err(error) => {
+                    let disk = self.storage.full_path("");
+                    tracing::warn!(disk = %disk.display(), %error, "no io_uring: requests run blocking");
+                    Ok(None)
+                }
+            },
+        }
     }
 
     pub fn id(&self) -> Uuid {
@@ -106,12 +157,15 @@ impl Held {
         let (storage, record) = (self.storage.clone(), self.record.clone());
         let disk = Arc::new(Disk {
             reserve: Arc::new(Reserve::take(storage.clone())?),
-            housekeeper: Arc::new(Housekeeper::start(self.on_thread_start)?),
+            housekeeper: Arc::new(Pool::start("housekeeper", HOUSEKEEPERS, self.on_thread_start)?),
+            workers: self.start_workers()?,
             storage,
             record,
             bases,
             maintenance: Mutex::new(()),
             life: Mutex::new(()),
+            building: Default::default(),
+            threads_max: self.threads_max,
             tree: Mutex::new(Tree::default()),
         });
         disk.open_volumes()?;
@@ -128,9 +182,14 @@ impl Disk {
         Held::take(path)?.serve(bases)
     }
 
-    /// The same over any storage, without a lock between processes.
+    /// The same over any storage: see [`Held::over`].
     pub fn open_storage(storage: Arc<dyn Storage>, bases: Arc<dyn BaseSource>) -> Result<Arc<Disk>> {
         Held::over(storage)?.serve(bases)
+    }
+
+    /// Who carries out what is submitted to its volumes.
+    pub fn executor_kind(&self) -> ExecutorKind {
+        if self.workers.is_some() { ExecutorKind::Ring } else { ExecutorKind::Blocking }
     }
 
     /// Try again to open a volume that could not be opened, for a reason that may have passed. One that is open stays
@@ -146,7 +205,7 @@ impl Disk {
         match opened {
             Ok(opened) => {
                 tree.broken.retain(|broken| broken.name != volume);
-                tree.volumes.insert(record.name, Arc::new(opened));
+                tree.volumes.insert(record.name, opened);
                 Ok(())
             }
             Err(error) => {
@@ -185,13 +244,21 @@ impl Disk {
         self.tree.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Held while the index over `top` is made, so that whoever needs the same one waits for it.
+    pub(super) fn building(&self, top: Uuid) -> MutexGuard<'_, ()> {
+        let number = usize::from(top.as_bytes()[0]) % BUILDERS;
+        self.building[number].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Every volume, in the order of names; those that could not be opened too.
     pub fn volumes(&self) -> Vec<VolumeInfo> {
         let (volumes, broken) = {
             let tree = self.tree();
             (tree.volumes.values().cloned().collect::<Vec<_>>(), tree.broken.clone())
         };
-        let mut infos: Vec<VolumeInfo> = volumes.iter().map(|volume| volume.info()).collect();
+        // What many volumes stand on is asked about once.
+        let mut known = HashMap::new();
+        let mut infos: Vec<VolumeInfo> = volumes.iter().map(|volume| volume.info_with(&mut known)).collect();
         infos.extend(broken.into_iter().map(broken_info));
         infos.sort_by(|a, b| a.name.cmp(&b.name));
         infos
@@ -222,65 +289,105 @@ impl Disk {
     /// Make every acknowledged change of every volume survive a crash.
     pub fn flush(&self) -> Result<()> {
         let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
-        let mut result = Ok(());
-        for volume in volumes {
-            if let Backend::Live(executor) = &volume.backend
-                && executor.failed().is_none()
-                && let Err(error) = crate::device::BlockDevice::flush(executor)
-            {
-                tracing::error!(volume = %volume.name(), %error, "flush failed");
-                result = Err(error);
+        let flush = |volume: &Arc<Volume>| match &volume.backend {
+            Backend::Live(executor) if executor.failed().is_none() => {
+                crate::device::BlockDevice::flush(executor)
+                    .inspect_err(|error| tracing::error!(volume = %volume.name(), %error, "flush failed"))
             }
-        }
-        result
+            Backend::Live(_) | Backend::ReadOnly { .. } => Ok(()),
+        };
+        // A file system syncs many files in about the time of one.
+        self.each_at_once(&volumes, flush).into_iter().fold(Ok(()), Result::and)
     }
 
     fn open_volumes(&self) -> Result<()> {
-        let mut broken = Vec::new();
+        let mut names = Vec::new();
         for (dir_name, kind) in self.storage.list(VOLUMES)? {
-            let dir = format!("{VOLUMES}/{dir_name}");
             if dir_name.starts_with(TEMPORARY) && kind == EntryKind::Directory {
-                remove_volume_dir(&*self.storage, &dir)?;
-                continue;
-            }
-            if let Err(failed) = self.open_volume_dir(&dir_name, &dir) {
-                tracing::error!(volume = %failed.name, reason = %failed.reason, "volume not served");
-                broken.push(*failed);
+                remove_volume_dir(&*self.storage, &format!("{VOLUMES}/{dir_name}"))?;
+            } else {
+                names.push(dir_name);
             }
         }
-        self.tree().broken = broken;
+        // Whoever comes second of two with one name is refused: the same one each time.
+        names.sort();
+        let records = self.each_at_once(&names, |name| self.read_volume_dir(name));
+        let (mut sound, mut broken) = (BTreeMap::new(), Vec::new());
+        for record in records {
+            match record {
+                Err(failed) => broken.push(*failed),
+                Ok(record) => match sound.entry(record.name.clone()) {
+                    btree_map::Entry::Vacant(free) => drop(free.insert(record)),
+                    btree_map::Entry::Occupied(_) => broken.push(Broken {
+                        name: record.dir_name(),
+                        reason: format!("another volume is called {:?}", record.name),
+                        record: Some(record),
+                    }),
+                },
+            }
+        }
+        let sound: Vec<VolumeRecord> = sound.into_values().collect();
+        let opened = self.each_at_once(&sound, |record| self.open_volume(record.clone()));
+        let mut tree = self.tree();
+        for (record, opened) in sound.into_iter().zip(opened) {
+            match opened {
+                Ok(volume) => drop(tree.volumes.insert(record.name, volume)),
+                Err(error) => broken.push(Broken {
+                    name: record.name.clone(),
+                    reason: error.to_string(),
+                    record: Some(record),
+                }),
+            }
+        }
+        for failed in &broken {
+            tracing::error!(volume = %failed.name, reason = %failed.reason, "volume not served");
+        }
+        tree.broken = broken;
         Ok(())
     }
 
-    fn open_volume_dir(&self, dir_name: &str, dir: &str) -> Result<(), Box<Broken>> {
-        let failed = |reason: String, record| Box::new(Broken { name: dir_name.into(), reason, record });
-        let path = format!("{dir}/{VOLUME_RECORD}");
-        let record: VolumeRecord =
-            record::read(&*self.storage, &path).map_err(|e| failed(e.to_string(), None))?;
+    /// What `work` makes of each item, in their order; several at once.
+    fn each_at_once<T: Sync, R: Send>(&self, items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+        let next = AtomicUsize::new(0);
+        let take = || {
+            let mut made = Vec::new();
+            while let number = next.fetch_add(1, Ordering::Relaxed)
+                && let Some(item) = items.get(number)
+            {
+                made.push((number, work(item)));
+            }
+            made
+        };
+        let mut made = std::thread::scope(|scope| {
+            let threads: Vec<_> = (1..self.threads_max.min(items.len())).map(|_| scope.spawn(take)).collect();
+            let mut made = take();
+            for thread in threads {
+                match thread.join() {
+                    Ok(more) => made.extend(more),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            made
+        });
+        made.sort_by_key(|(number, _)| *number);
+        made.into_iter().map(|(_, result)| result).collect()
+    }
+
+    /// The record in a directory of volumes.
+    fn read_volume_dir(&self, dir_name: &str) -> Result<VolumeRecord, Box<Broken>> {
+        let failed = |reason: String| Box::new(Broken { name: dir_name.into(), reason, record: None });
+        let path = format!("{VOLUMES}/{dir_name}/{VOLUME_RECORD}");
+        let record: VolumeRecord = record::read(&*self.storage, &path).map_err(|e| failed(e.to_string()))?;
         if record.dir_name() != dir_name {
-            let reason = format!("its record belongs to a volume {:?}", record.name);
-            return Err(failed(reason, None));
-        }
-        if self.tree().volumes.contains_key(&record.name) {
-            let reason = format!("another volume is called {:?}", record.name);
-            return Err(failed(reason, Some(record)));
+            return Err(failed(format!("its record belongs to a volume {:?}", record.name)));
         }
         // A leftover of a replacement that did not happen.
         let _ = self.storage.remove_file(&format!("{path}.new"));
-        match self.open_volume(record.clone()) {
-            Ok(volume) => {
-                self.tree().volumes.insert(record.name, Arc::new(volume));
-                Ok(())
-            }
-            Err(error) => {
-                let name = record.name.clone();
-                Err(Box::new(Broken { name, reason: error.to_string(), record: Some(record) }))
-            }
-        }
+        Ok(record)
     }
 
     /// Open what a record describes.
-    pub(super) fn open_volume(&self, record: VolumeRecord) -> Result<Volume> {
+    pub(super) fn open_volume(&self, record: VolumeRecord) -> Result<Arc<Volume>> {
         let base = self.open_base(record.image.as_ref())?;
         let frozen = self.frozen(&record, record.parent(record.head))?;
         let head = layer::open(&*self.storage, record.head)?;
@@ -311,7 +418,7 @@ impl Disk {
                 Backend::ReadOnly { view, reason: reason.clone() }
             }
         };
-        Ok(Volume::new(self.storage.clone(), record, backend))
+        Ok(Volume::new(self.storage.clone(), self.workers.clone(), record, backend))
     }
 
     pub(super) fn open_base(&self, image: Option<&ImageRef>) -> Result<Option<Arc<dyn BaseImage>>> {

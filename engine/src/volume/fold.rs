@@ -23,7 +23,7 @@ use super::{
 use crate::{
     cow::{BlockState, head::HeadIndex},
     error::{Error, Result},
-    exec::blocking::Executor,
+    exec::executor::Executor,
     units::{Block, BlockRange},
 };
 

@@ -27,7 +27,7 @@ use crate::{
     },
     error::{Error, Result},
     exec::{
-        blocking::{Barrier, Executor},
+        executor::{Barrier, Executor},
         head::publish_map,
         view::View,
     },
@@ -455,7 +455,7 @@ impl Disk {
         let view = View { index, head: None, layers: frozen.files, base };
         let new_head = self.new_head(LayerParts::of(&head), view, Synced::Yes);
         let backend = Backend::Live(self.executor(new_head));
-        let volume = Arc::new(Volume::new(self.storage.clone(), record.clone(), backend));
+        let volume = Volume::new(self.storage.clone(), self.workers.clone(), record.clone(), backend);
         self.tree().volumes.insert(record.name, volume.clone());
         // It exists by its name from here on; that it may be gone after a crash is an error all the same.
         self.storage.sync_dir(VOLUMES)?;

@@ -38,7 +38,7 @@ use crate::{
     },
     device::BlockDevice,
     error::{Error, Result},
-    exec::{blocking::Executor, storage::StorageFile, view::View},
+    exec::{executor::Executor, storage::StorageFile, view::View},
     units::{BLOCK_SIZE, Block, BlockCount, BlockRange},
 };
 

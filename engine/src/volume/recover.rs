@@ -4,8 +4,6 @@
 //! are taken from where the file system keeps bytes (layers are identity-mapped): allocated is *data*, the rest is
 //! *absent*. That is the best guess there is, so every such range is reported, and nothing is recovered unasked.
 
-use std::sync::Arc;
-
 use uuid::Uuid;
 
 use super::{device::VolumeInfo, disk::Disk, layer, record::VolumeRecord, tree::Broken};
@@ -111,7 +109,6 @@ impl Disk {
         tree.broken.retain(|broken| broken.name != record.name);
         match opened {
             Ok(volume) => {
-                let volume = Arc::new(volume);
                 tree.volumes.insert(record.name, volume.clone());
                 drop(tree);
                 Ok(volume.info())

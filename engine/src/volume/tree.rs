@@ -122,12 +122,14 @@ impl Tree {
 }
 
 impl Disk {
-    /// The index over `top` and everything below it; over nothing for `None`. Called under the `life` lock, which keeps
-    /// maps and records as they are; the tree is not locked while maps are read, so that whoever only looks a volume up
+    /// The index over `top` and everything below it; over nothing for `None`. Called under the `life` lock, or while the
+    /// disk is opened, so that maps and records stay as they are; the tree is not locked while maps are read, so that whoever only looks a volume up
     /// does not wait for them.
     pub(super) fn frozen(&self, record: &VolumeRecord, top: Option<Uuid>) -> Result<Frozen> {
         let mut built = Frozen { index: FrozenIndex::empty(), files: LayerFiles::default(), fault: None };
         let Some(top) = top else { return Ok(built) };
+        // When a disk is opened, many threads open what stands on one layer.
+        let _building = self.building(top);
         if let Some(known) = self.tree().frozen.get(&top) {
             return Ok(known.clone());
         }

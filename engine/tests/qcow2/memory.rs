@@ -60,8 +60,18 @@ unsafe impl GlobalAlloc for Counting {
 
 /// Run `work` and say how many bytes this thread had allocated at most, beyond what it had before.
 pub fn peak_of<R>(work: impl FnOnce() -> R) -> (R, i64) {
-    let before = NOW.get();
-    PEAK.set(before);
+    let before = begin();
     let result = work();
-    (result, PEAK.get() - before)
+    (result, peak_since(before))
+}
+
+/// What this thread has allocated now, for [`peak_since`].
+pub fn begin() -> i64 {
+    PEAK.set(NOW.get());
+    NOW.get()
+}
+
+/// The most that this thread had beyond that at any time since.
+pub fn peak_since(before: i64) -> i64 {
+    PEAK.get() - before
 }

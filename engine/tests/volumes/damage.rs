@@ -9,7 +9,7 @@ use bedplate_engine::{
     volume::{device::VolumeState, life::Origin},
 };
 
-use crate::util::{Fixture, assert_same, content};
+use crate::util::{Fixture, assert_same, content, served};
 
 const SIZE: u64 = 1 << 20;
 
@@ -24,10 +24,10 @@ fn written() -> (Fixture, Vec<u8>) {
     let fixture = Fixture::new();
     let disk = fixture.disk();
     disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(&[1; 4096], 0, Durability::Fua).expect("written");
     volume.write_at(&[2; 4096], 40_960, Durability::Fua).expect("written");
-    let bytes = content(&*volume);
+    let bytes = content(&volume);
     drop((volume, disk));
     (fixture, bytes)
 }
@@ -43,7 +43,7 @@ fn a_record_damaged_in_mid_log_makes_the_volume_read_only_and_recovery_brings_it
     fs::write(&map, bytes).expect("damaged");
 
     let disk = fixture.disk();
-    let volume = disk.volume("v").expect("listed");
+    let volume = served(&disk, "v");
     assert!(matches!(volume.state(), VolumeState::ReadOnly { .. }), "{:?}", volume.state());
     let mut block = [0; 4096];
     assert!(matches!(volume.read_at(&mut block, 0), Err(Error::Lost { .. })));
@@ -55,13 +55,13 @@ fn a_record_damaged_in_mid_log_makes_the_volume_read_only_and_recovery_brings_it
     let recovered = disk.recover("v").expect("recovered");
     assert_eq!(recovered.layers.len(), 1);
     assert!(!recovered.layers[0].guessed.is_empty(), "what is a guess is said");
-    let volume = disk.volume("v").expect("there");
-    assert_same(&content(&*volume), &expected, "after recovery");
+    let volume = served(&disk, "v");
+    assert_same(&content(&volume), &expected, "after recovery");
     volume.write_at(&[3; 100], 5000, Durability::Fua).expect("it takes writes again");
     drop((volume, disk));
-    let volume = fixture.disk().volume("v").expect("there");
+    let volume = served(&fixture.disk(), "v");
     assert_eq!(volume.state(), VolumeState::Ready);
-    assert_eq!(&content(&*volume)[5000..5100], &[3; 100]);
+    assert_eq!(&content(&volume)[5000..5100], &[3; 100]);
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn a_damaged_header_fails_the_volume_alone_and_recovery_finds_its_blocks() {
     let info = disk.volumes().into_iter().find(|info| info.name == "v").expect("listed");
     assert!(matches!(info.state, VolumeState::Failed { .. }), "{:?}", info.state);
     disk.recover("v").expect("recovered");
-    assert_same(&content(&*disk.volume("v").expect("there")), &expected, "after recovery");
+    assert_same(&content(&served(&disk, "v")), &expected, "after recovery");
 }
 
 /// A written volume in whose map a byte is damaged.
@@ -105,28 +105,28 @@ fn a_damaged_volume_does_not_keep_the_layers_of_another_from_being_merged() {
     let fixture = with_damaged_map();
     let disk = fixture.disk();
     disk.create_volume("other", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
-    let other = disk.volume("other").expect("there");
+    let other = served(&disk, "other");
     other.write_at(&[1; 65536], 0, Durability::Volatile).expect("written");
     disk.create_snapshot("other", "large").expect("taken");
     other.write_at(&[2; 4096], 8192, Durability::Volatile).expect("written");
     disk.create_snapshot("other", "small").expect("taken");
-    let expected = content(&*other);
+    let expected = content(&other);
     disk.delete_snapshot("other", "large").expect("deleted");
     disk.reclaim(|| true).expect("reclaimed");
-    assert!(matches!(disk.volume("v").expect("listed").state(), VolumeState::ReadOnly { .. }));
+    assert!(matches!(served(&disk, "v").state(), VolumeState::ReadOnly { .. }));
     assert_eq!(other.info().layer_count, 2, "the small layer went down into the large one");
-    assert_same(&content(&*other), &expected, "after the merge");
+    assert_same(&content(&other), &expected, "after the merge");
 }
 
 #[test]
 fn recovering_a_sound_volume_under_use_changes_nothing() {
     let (fixture, expected) = written();
     let disk = fixture.disk();
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(&[9; 512], 0, Durability::Volatile).expect("written");
     assert!(disk.recover("v").expect("nothing to do").layers.is_empty());
-    assert_eq!(&content(&*volume)[..512], &[9; 512]);
-    assert_same(&content(&*disk.volume("v").expect("there"))[512..], &expected[512..], "the rest");
+    assert_eq!(&content(&volume)[..512], &[9; 512]);
+    assert_same(&content(&served(&disk, "v"))[512..], &expected[512..], "the rest");
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn a_volume_whose_image_is_gone_is_opened_again_when_it_is_back_and_can_be_delet
     std::fs::rename(&aside, &file).expect("moved back");
     disk.reopen("a").expect("the reason has passed");
     let mut block = [0; 4096];
-    disk.volume("a").expect("open").read_at(&mut block, 4096).expect("read");
+    served(&disk, "a").read_at(&mut block, 4096).expect("read");
     assert_eq!(block, [7; 4096]);
     let layers = std::fs::read_dir(fixture.path().join("disk/layers")).expect("listed").count();
     assert_eq!(layers, 1, "the deleted volume's layer is collected");

@@ -21,13 +21,17 @@ use bedplate_engine::{
         },
     },
     units::{ByteLen, ByteRange},
-    volume::{device::VolumeState, disk::Disk, life::Origin},
+    volume::{
+        device::VolumeState,
+        disk::{Disk, Held},
+        life::Origin,
+    },
 };
 
-use crate::util::{Images, content};
+use crate::util::{content, served};
 
 fn open(storage: &Arc<MemoryStorage>) -> Arc<Disk> {
-    Disk::open_storage(storage.clone(), Arc::<Images>::default()).expect("the disk opens")
+    crate::util::open(Held::over(storage.clone()), Arc::default())
 }
 
 /// A disk in memory with an empty volume.
@@ -46,7 +50,7 @@ fn used(storage: &MemoryStorage) -> u64 {
 
 fn first_byte(disk: &Disk) -> u8 {
     let mut byte = [0];
-    disk.volume("v").expect("there").read_at(&mut byte, 0).expect("read");
+    served(disk, "v").read_at(&mut byte, 0).expect("read");
     byte[0]
 }
 
@@ -61,7 +65,7 @@ fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
     assert!(matches!(disk.revert("v", "s", None), Err(Error::Uncertain { .. })));
     storage.clear_faults();
     disk.recover("v").expect("recovered");
-    disk.volume("v").expect("there").write_at(&[7; 4096], 0, Durability::Fua).expect("written");
+    served(&disk, "v").write_at(&[7; 4096], 0, Durability::Fua).expect("written");
     assert_eq!(first_byte(&disk), 7);
     drop(disk);
     assert_eq!(first_byte(&open(&Arc::new(storage.kill()))), 7);
@@ -70,7 +74,7 @@ fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
 #[test]
 fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked() {
     let (storage, disk) = disk(65536);
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(&[1; 8192], 0, Durability::Fua).expect("written");
     volume.write_at(&[2; 4096], 0, Durability::Volatile).expect("written in place");
     volume.write_at(&[2; 4096], 12288, Durability::Volatile).expect("written");
@@ -96,14 +100,14 @@ fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked()
     assert_eq!(dropped.load(Ordering::Relaxed), 1, "what is read from now on comes from the medium");
     let guessed: Vec<ByteRange> = recovered.layers.into_iter().flat_map(|layer| layer.guessed).collect();
     assert_eq!(guessed, [ByteRange::new(0, 4096), ByteRange::new(12288, 4096)]);
-    disk.volume("v").expect("there").write_at(&[3; 4096], 0, Durability::Fua).expect("it takes writes again");
+    served(&disk, "v").write_at(&[3; 4096], 0, Durability::Fua).expect("it takes writes again");
 }
 
 /// Write the first sector's worth of entries of a record, and `last` into its second sector; of the record only the
 /// sector with this number in the log reaches the medium before the machine dies.
 fn flush_torn(storage: &Arc<MemoryStorage>, disk: &Disk, last: u64, kept: u64) -> Arc<MemoryStorage> {
     const LOG_FIRST_SECTOR: u64 = 4096 / 512;
-    let volume = disk.volume("v").expect("there");
+    let volume = served(disk, "v");
     for run in (0..39).map(|n| n * 2).chain([last]) {
         volume.write_at(&[9; 4096], run * 4096, Durability::Volatile).expect("written");
     }
@@ -123,17 +127,17 @@ fn flush_torn(storage: &Arc<MemoryStorage>, disk: &Disk, last: u64, kept: u64) -
 fn a_record_that_begins_like_an_earlier_torn_one_does_not_bring_that_ones_end_back() {
     let block = |disk: &Disk, n: u64| {
         let mut bytes = [0];
-        disk.volume("v").expect("there").read_at(&mut bytes, n * 4096).expect("read");
+        served(disk, "v").read_at(&mut bytes, n * 4096).expect("read");
         bytes[0]
     };
     let (storage, made) = disk(1 << 20);
     let storage = flush_torn(&storage, &made, 100, 1);
     let disk = open(&storage);
     assert_eq!(block(&disk, 100), 0, "the record was torn");
-    disk.volume("v").expect("there").flush().expect("what is read now stays");
+    served(&disk, "v").flush().expect("what is read now stays");
     let storage = flush_torn(&storage, &disk, 200, 0);
     let disk = open(&storage);
-    assert_eq!(disk.volume("v").expect("there").state(), VolumeState::Ready);
+    assert_eq!(served(&disk, "v").state(), VolumeState::Ready);
     assert_eq!((block(&disk, 100), block(&disk, 200)), (0, 0));
 }
 
@@ -146,7 +150,7 @@ fn a_resize_that_finds_no_room_for_its_record_leaves_the_volume_as_it_was_and_wr
     });
     assert!(matches!(disk.resize("v", ByteLen(1 << 20)), Err(Error::NoSpace { .. })));
     storage.clear_faults();
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     assert_eq!(volume.geometry().size, ByteLen(65536));
     volume.write_at(&[7; 4096], 61440, Durability::Fua).expect("written");
     assert!(volume.write_at(&[7; 4096], 65536, Durability::Fua).is_err());
@@ -185,13 +189,13 @@ fn creating_a_volume_takes_six_syncs_whatever_its_size_and_cloning_a_snapshot_no
 #[test]
 fn the_pause_of_a_snapshot_is_measured_and_a_volume_that_had_none_says_so() {
     let (_, disk) = disk(65536);
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     assert_eq!(volume.info().pauses, Pauses::default());
     let info = disk.create_snapshot("v", "s").expect("taken");
     assert_eq!(info.pauses.count, 1);
     assert!(info.pauses.last > Duration::ZERO && info.pauses.longest == info.pauses.total);
     disk.clone_volume("v", None, "c").expect("cloned");
-    assert_eq!((volume.info().pauses.count, disk.volume("c").expect("there").info().pauses.count), (2, 0));
+    assert_eq!((volume.info().pauses.count, served(&disk, "c").info().pauses.count), (2, 0));
 }
 
 #[test]
@@ -226,7 +230,7 @@ fn a_full_disk_flushes_discards_and_deletes_a_snapshot() {
     storage.limit(64 << 20);
     let disk = open(&storage);
     disk.create_volume("v", Origin::Empty, Some(ByteLen(128 << 20))).expect("created");
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(&[1; 4096], 0, Durability::Fua).expect("written");
     disk.create_snapshot("v", "s").expect("taken");
     let full = (0..).find_map(|n| volume.write_at(&[2; 4096], n * 4096, Durability::Volatile).err());
@@ -250,7 +254,7 @@ fn layered_and_full(bytes: u64) -> (Arc<MemoryStorage>, Arc<Disk>) {
         .allocate("stray", (bytes - bytes / 64).saturating_sub((3 << 20) - (48 << 10)))
         .expect("there is room");
     disk.create_volume("v", Origin::Empty, Some(ByteLen(BLOCKS * 4096))).expect("created");
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     let write = |block: u64, value: u8| volume.write_at(&[value; 4096], block * 4096, Durability::Volatile);
     (0..300).for_each(|n| write(n, 1).expect("there is room"));
     disk.create_snapshot("v", "large").expect("taken");
@@ -266,8 +270,8 @@ fn layered_and_full(bytes: u64) -> (Arc<MemoryStorage>, Arc<Disk>) {
 
 /// What the volume and its snapshot of [`layered_and_full`] read as.
 fn contents(disk: &Disk) -> [Vec<u8>; 2] {
-    let volume = disk.volume("v").expect("there");
-    [content(&*volume), content(&disk.view("v", Some("small")).expect("viewed"))]
+    let volume = served(disk, "v");
+    [content(&volume), content(&disk.view("v", Some("small")).expect("viewed"))]
 }
 
 #[test]
@@ -282,7 +286,7 @@ fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_cra
     let cuts = storage.take_cuts();
     let given_back = before - used(&storage);
     assert!(given_back >= (50 + 5) * 4096, "only {given_back} bytes");
-    assert_eq!(made.volume("v").expect("there").info().layer_count, 2);
+    assert_eq!(served(&made, "v").info().layer_count, 2);
     assert!(contents(&made) == expected);
     let punched = cuts.len();
     for (n, cut) in cuts.into_iter().enumerate().filter(|(n, _)| n % 5 == 0 || n + 1 == punched) {
@@ -293,7 +297,7 @@ fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_cra
             if n % 50 == 0 {
                 disk.reclaim(|| true).expect("what is left is done");
                 assert!(contents(&disk) == expected, "cut {n} of {punched}, newest {newest}, reclaimed");
-                assert_eq!(disk.volume("v").expect("there").info().layer_count, 2);
+                assert_eq!(served(&disk, "v").info().layer_count, 2);
             }
         }
     }
@@ -309,44 +313,44 @@ fn a_disk_with_no_room_for_a_step_worth_its_maps_refuses_to_merge_and_does_so_on
     assert!(contents(&disk) == expected);
     storage.limit(8 << 20);
     disk.reclaim(|| true).expect("there is room");
-    assert_eq!(disk.volume("v").expect("there").info().layer_count, 2);
+    assert_eq!(served(&disk, "v").info().layer_count, 2);
     assert!(contents(&disk) == expected);
 }
 
 #[test]
 fn a_layer_goes_down_into_a_larger_one_beside_a_view_of_another_volume_but_not_beneath_one_of_its_own() {
     let (_, disk) = disk(1 << 20);
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(&[1; 64 * 4096], 0, Durability::Fua).expect("written");
     disk.create_snapshot("v", "large").expect("taken");
     volume.write_at(&[2; 4096], 4096, Durability::Fua).expect("written");
     disk.create_snapshot("v", "small").expect("taken");
     disk.create_volume("w", Origin::Empty, Some(ByteLen(65536))).expect("created");
-    disk.volume("w").expect("there").write_at(&[3; 4096], 0, Durability::Fua).expect("written");
+    served(&disk, "w").write_at(&[3; 4096], 0, Durability::Fua).expect("written");
     let other = disk.view("w", None).expect("viewed");
     let own = disk.view("v", Some("large")).expect("viewed");
-    let expected = [content(&*volume), content(&own), content(&other)];
+    let expected = [content(&volume), content(&own), content(&other)];
     disk.delete_snapshot("v", "large").expect("deleted");
     disk.reclaim(|| true).expect("reclaimed");
     assert_eq!(volume.info().layer_count, 3);
-    assert!([content(&*volume), content(&own), content(&other)] == expected);
+    assert!([content(&volume), content(&own), content(&other)] == expected);
     drop(own);
     disk.reclaim(|| true).expect("reclaimed");
     assert_eq!(volume.info().layer_count, 2);
-    assert!(content(&*volume) == expected[0] && content(&other) == expected[2]);
+    assert!(content(&volume) == expected[0] && content(&other) == expected[2]);
 }
 
 #[test]
 fn reclaiming_ends_beside_a_volume_that_cannot_be_opened() {
     let (storage, disk) = disk(65536);
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(&[1; 4096], 0, Durability::Fua).expect("written");
     disk.create_snapshot("v", "s").expect("taken");
     volume.write_at(&[2; 8192], 8192, Durability::Fua).expect("written");
     disk.create_snapshot("v", "t").expect("taken");
     disk.clone_volume("v", Some("t"), "c").expect("cloned");
     disk.delete_snapshot("v", "s").expect("deleted");
-    let head = disk.volume("c").expect("there").record().head;
+    let head = served(&disk, "c").record().head;
     drop((volume, disk));
     let storage = Arc::new(storage.kill());
     let map = storage.open(&format!("layers/{head}/map"), Open::ReadWrite).expect("opened");

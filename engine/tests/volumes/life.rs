@@ -10,14 +10,71 @@ use bedplate_engine::{
     error::Error,
     units::{ByteLen, ByteRange, to_usize},
     volume::{
+        device::VolumeState,
         disk::{Disk, Held},
         life::Origin,
     },
 };
 
-use crate::util::{Fixture, Rng, assert_same, content};
+use crate::util::{Fixture, Rng, assert_same, content, served};
 
 const SIZE: u64 = 300 * 1024 + 512;
+
+#[test]
+fn volumes_that_are_opened_at_once_over_one_snapshot_each_read_what_is_theirs() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    disk.create_volume("golden", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+    disk.volume("golden").expect("there").write_at(&[1; 8192], 0, Durability::Volatile).expect("written");
+    disk.create_snapshot("golden", "s").expect("created");
+    let names: Vec<String> = (0..40).map(|number| format!("clone{number:02}")).collect();
+    for (name, byte) in names.iter().zip(100..) {
+        disk.clone_volume("golden", Some("s"), name).expect("cloned");
+        disk.volume(name)
+            .expect("there")
+            .write_at(&[byte; 4096], 4096, Durability::Volatile)
+            .expect("written");
+    }
+    let allocated = |disk: &Disk| disk.volumes().iter().map(|info| info.allocated.0).collect::<Vec<_>>();
+    let before = allocated(&disk);
+    disk.flush().expect("flushed");
+    drop(disk);
+
+    let disk = fixture.disk();
+    let found: Vec<String> = disk.volumes().into_iter().map(|info| info.name).collect();
+    assert_eq!(found[..40], names);
+    assert_eq!(allocated(&disk), before);
+    for (name, byte) in names.iter().zip(100..) {
+        let mut read = [0; 12288];
+        disk.volume(name).expect("there").read_at(&mut read, 0).expect("read");
+        let expected = [[1; 4096], [byte; 4096], [0; 4096]].concat();
+        assert_same(&read, &expected, name);
+    }
+}
+
+#[test]
+fn of_two_records_with_one_name_the_same_one_is_served_each_time_and_the_other_is_kept() {
+    let fixture = Fixture::new();
+    let disk = fixture.disk();
+    let first = disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created").uuid;
+    drop(disk);
+    // What somebody makes who copies a directory and gives the copy an identity of its own.
+    let volumes = fixture.path().join("disk/volumes");
+    let dir = |uuid: uuid::Uuid| volumes.join(format!("v-{}", &uuid.simple().to_string()[..8]));
+    let second = uuid::Uuid::max();
+    std::fs::create_dir(dir(second)).expect("a directory");
+    let record = std::fs::read_to_string(dir(first).join("volume.json")).expect("read");
+    let record = record.replace(&first.to_string(), &second.to_string());
+    std::fs::write(dir(second).join("volume.json"), record).expect("written");
+    for _ in 0..3 {
+        let disk = fixture.disk();
+        assert_eq!(disk.volume("v").expect("served").uuid(), first);
+        let other = disk.volumes().into_iter().find(|info| info.uuid == second).expect("listed");
+        let VolumeState::Failed { reason } = other.state else { panic!("{:?}", other.state) };
+        assert!(reason.contains("another volume is called \"v\""), "{reason}");
+        assert!(dir(second).exists());
+    }
+}
 
 #[test]
 fn a_volume_over_an_odd_sized_image_reads_it_and_then_zeros() {
@@ -31,9 +88,9 @@ fn a_volume_over_an_odd_sized_image_reads_it_and_then_zeros() {
     assert_eq!(info.size.0, SIZE);
     let mut expected = image.clone();
     expected.resize(10_240, 0);
-    assert_same(&content(&*disk.volume("small").expect("there")), &expected, "small");
+    assert_same(&content(&served(&disk, "small")), &expected, "small");
     expected.resize(to_usize(SIZE), 0);
-    assert_same(&content(&*disk.volume("large").expect("there")), &expected, "large");
+    assert_same(&content(&served(&disk, "large")), &expected, "large");
     let refused = disk.create_volume("less", Origin::Image(image_ref), Some(ByteLen(512)));
     assert!(matches!(refused, Err(Error::Invalid(_))));
 }
@@ -43,11 +100,11 @@ fn what_was_written_is_there_after_reopening_and_a_second_opener_is_told_who_hol
     let fixture = Fixture::new();
     let disk = fixture.disk();
     disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(b"hello", 4094, Durability::Fua).expect("written");
     volume.zero(ByteRange::new(8192, 100), Durability::Volatile).expect("zeroed");
     volume.flush().expect("flushed");
-    let before = content(&*volume);
+    let before = content(&volume);
     assert_eq!(&before[4094..4099], b"hello");
     let second = Disk::open(&fixture.path().join("disk"), fixture.images.clone());
     assert!(
@@ -56,7 +113,7 @@ fn what_was_written_is_there_after_reopening_and_a_second_opener_is_told_who_hol
     );
     drop((volume, disk));
     let disk = fixture.disk();
-    assert_same(&content(&*disk.volume("v").expect("there")), &before, "after reopening");
+    assert_same(&content(&served(&disk, "v")), &before, "after reopening");
 }
 
 #[test]
@@ -64,13 +121,13 @@ fn a_disk_stays_locked_while_a_volume_of_it_can_still_be_written_to() {
     let fixture = Fixture::new();
     let disk = fixture.disk();
     disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     drop(disk);
     volume.write_at(b"late", 0, Durability::Fua).expect("it still writes");
     let second = Disk::open(&fixture.path().join("disk"), fixture.images.clone());
     assert!(matches!(second, Err(Error::InUse { .. })), "{second:?}");
     drop(volume);
-    assert_eq!(&content(&*fixture.disk().volume("v").expect("there"))[..4], b"late");
+    assert_eq!(&content(&served(&fixture.disk(), "v"))[..4], b"late");
 }
 
 #[test]
@@ -99,7 +156,7 @@ fn a_disk_that_was_closed_in_the_middle_of_a_checkpoint_opens_again_at_once() {
     for _ in 0..8 {
         // The fixture panics if the lock is still held.
         let disk = fixture.disk();
-        let volume = disk.volume("v").expect("there");
+        let volume = served(&disk, "v");
         // Records of single blocks that do not touch, until more than half of the log is used.
         for n in 0..RUNS {
             volume.zero(ByteRange::new(n * 2 * 4096, 4096), Durability::Volatile).expect("zeroed");
@@ -116,7 +173,7 @@ fn a_held_volume_is_neither_reverted_nor_deleted_and_the_error_names_the_holder(
     let disk = fixture.disk();
     disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
     disk.create_snapshot("v", "s").expect("taken");
-    let hold = disk.volume("v").expect("there").hold("a test").expect("held");
+    let hold = served(&disk, "v").hold("a test").expect("held");
     for refused in [disk.delete_volume("v"), disk.revert("v", "s", None).map(|_| ())] {
         assert!(matches!(&refused, Err(Error::InUse { by, .. }) if by == "a test"), "{refused:?}");
     }
@@ -132,15 +189,15 @@ fn a_view_of_a_live_volume_stays_as_it_was_while_the_volume_goes_on() {
     let fixture = Fixture::new();
     let disk = fixture.disk();
     disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     volume.write_at(&[1; 20_000], 100, Durability::Volatile).expect("written");
-    let before = content(&*volume);
+    let before = content(&volume);
     let view = disk.view("v", None).expect("viewed");
     volume.write_at(&[2; 20_000], 0, Durability::Volatile).expect("written");
     disk.reclaim(|| true).expect("merged");
     assert_same(&content(&view), &before, "the view");
-    assert_eq!(disk.volume("v").expect("there").info().layer_count, 1);
-    assert!(disk.volume("v").expect("there").info().snapshots.is_empty());
+    assert_eq!(served(&disk, "v").info().layer_count, 1);
+    assert!(served(&disk, "v").info().snapshots.is_empty());
 }
 
 #[test]
@@ -151,7 +208,7 @@ fn a_view_that_cannot_be_had_leaves_no_snapshot_behind() {
     disk.create_volume("v", Origin::Image(image.clone()), None).expect("created");
     std::fs::remove_file(fixture.path().join(image.uuid.to_string())).expect("the image goes");
     disk.view("v", None).expect_err("nothing tells what the image held");
-    assert!(disk.volume("v").expect("there").record().snapshots.is_empty());
+    assert!(served(&disk, "v").record().snapshots.is_empty());
 }
 
 #[test]
@@ -160,7 +217,7 @@ fn exporting_a_large_live_volume_again_and_again_copies_none_of_it() {
     let fixture = Fixture::new();
     let disk = fixture.disk();
     disk.create_volume("v", Origin::Empty, Some(ByteLen(size))).expect("created");
-    let volume = disk.volume("v").expect("there");
+    let volume = served(&disk, "v");
     for chunk in 0..size >> 20 {
         volume.write_at(&vec![7; 1 << 20], chunk << 20, Durability::Volatile).expect("written");
     }
@@ -170,17 +227,17 @@ fn exporting_a_large_live_volume_again_and_again_copies_none_of_it() {
         drop(view);
         disk.reclaim(|| true).expect("merged");
     }
-    let info = disk.volume("v").expect("there").info();
+    let info = served(&disk, "v").info();
     assert!(info.layer_count <= 2, "{} layers", info.layer_count);
     assert!(info.allocated.0 < size + (1 << 20), "{} bytes for {size}", info.allocated.0);
     let mut expected = vec![7; to_usize(size)];
     for round in 0..4 {
         expected[round * 12_288..round * 12_288 + 8192].fill(9);
     }
-    assert_same(&content(&*volume), &expected, "the volume");
+    assert_same(&content(&volume), &expected, "the volume");
     disk.flush().expect("flushed");
     drop((volume, disk));
-    assert_same(&content(&*fixture.disk().volume("v").expect("there")), &expected, "after reopening");
+    assert_same(&content(&served(&fixture.disk(), "v")), &expected, "after reopening");
 }
 
 /// What a volume and its snapshots should read.
@@ -301,8 +358,8 @@ fn random_lives_of_many_volumes_read_like_plain_vectors_also_after_reopening() {
             for _ in 0..6 {
                 let names: Vec<String> = models.keys().cloned().collect();
                 let name = &names[to_usize(rng.below(names.len() as u64))];
-                let volume = disk.volume(name).expect("there");
-                change(&*volume, models.get_mut(name).expect("there"), &mut rng);
+                let volume = served(&disk, name);
+                change(&volume, models.get_mut(name).expect("there"), &mut rng);
             }
             live(&disk, &mut models, &mut rng, step);
             if rng.below(12) == 0 {
@@ -312,8 +369,8 @@ fn random_lives_of_many_volumes_read_like_plain_vectors_also_after_reopening() {
                 disk = fixture.disk();
             }
             for (name, model) in &models {
-                let volume = disk.volume(name).expect("there");
-                assert_same(&content(&*volume), &model.bytes, &format!("seed {seed} step {step} {name}"));
+                let volume = served(&disk, name);
+                assert_same(&content(&volume), &model.bytes, &format!("seed {seed} step {step} {name}"));
             }
         }
         for (name, model) in &models {

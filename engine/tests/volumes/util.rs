@@ -2,31 +2,39 @@
 
 use std::{
     collections::HashMap,
-    path::Path,
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
 use bedplate_engine::{
+    device::{BlockDevice, Complete, Extent, Geometry, Request},
     error::{Error, Result},
-    image::{BaseImage, BaseSource, raw::RawImage},
-    units::ByteLen,
-    volume::{disk::Disk, record::ImageRef},
+    image::{self, BaseImage, BaseSource, Format, PROBE_LEN, qcow2::View},
+    units::ByteRange,
+    volume::{
+        device::Volume,
+        disk::{Disk, Held},
+        record::ImageRef,
+    },
 };
 use uuid::Uuid;
 
 /// Images by uuid: files of the test.
 #[derive(Default)]
-pub struct Images(Mutex<HashMap<Uuid, (std::path::PathBuf, u64)>>);
+pub struct Images(Mutex<HashMap<Uuid, PathBuf>>);
 
 impl BaseSource for Images {
     fn open_base(&self, image: &ImageRef) -> Result<Arc<dyn BaseImage>> {
         let images = self.0.lock().expect("no test panics with it");
-        let (path, len) = images
+        let path = images
             .get(&image.uuid)
             .ok_or_else(|| Error::NotFound { kind: "image", name: image.name.clone() })?;
-        let file =
-            std::fs::File::open(path).map_err(|e| bedplate_engine::error::Error::io("open", path, e))?;
-        Ok(Arc::new(RawImage::new(file, path.clone(), ByteLen(*len))?))
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let mut start = [0; PROBE_LEN];
+        file.read_exact_at(&mut start, 0).map_err(|e| Error::io("read", path, e))?;
+        image::open(file, path, Format::of(&start), &View::Active)
     }
 }
 
@@ -43,7 +51,7 @@ impl Fixture {
     }
 
     pub fn disk(&self) -> Arc<Disk> {
-        Disk::open(&self.dir.path().join("disk"), self.images.clone()).expect("the disk opens")
+        open(Held::take(&self.dir.path().join("disk")), self.images.clone())
     }
 
     pub fn path(&self) -> &Path {
@@ -54,8 +62,48 @@ impl Fixture {
         let uuid = Uuid::new_v4();
         let path = self.dir.path().join(uuid.to_string());
         std::fs::write(&path, content).expect("the image is written");
-        self.images.0.lock().expect("no test panics with it").insert(uuid, (path, content.len() as u64));
+        self.image_in(uuid, path)
+    }
+
+    /// The image in a file, of whatever format.
+    pub fn image_in(&self, uuid: Uuid, path: PathBuf) -> ImageRef {
+        self.images.0.lock().expect("no test panics with it").insert(uuid, path);
         ImageRef { name: "base".into(), uuid, sha512: String::new() }
+    }
+}
+
+/// Open a disk with the executor that these tests are about.
+pub fn open(held: Result<Held>, images: Arc<Images>) -> Arc<Disk> {
+    let held = held.expect("the disk can be had").executor(crate::EXECUTOR);
+    held.serve(images).expect("the disk opens")
+}
+
+/// A volume whose every request is submitted, so that the disk's executor carries it out.
+pub struct Served(Arc<Volume>);
+
+pub fn served(disk: &Disk, name: &str) -> Served {
+    Served(disk.volume(name).expect("there"))
+}
+
+impl std::ops::Deref for Served {
+    type Target = Arc<Volume>;
+
+    fn deref(&self) -> &Arc<Volume> {
+        &self.0
+    }
+}
+
+impl BlockDevice for Served {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn submit(&self, request: Request, complete: Complete) {
+        self.0.submit(request, complete);
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.0.extents(range)
     }
 }
 
@@ -81,7 +129,7 @@ impl Rng {
 }
 
 /// All bytes of a device.
-pub fn content(device: &dyn bedplate_engine::device::BlockDevice) -> Vec<u8> {
+pub fn content(device: &dyn BlockDevice) -> Vec<u8> {
     let mut bytes = vec![0; device.geometry().size.as_usize()];
     for (piece, n) in bytes.chunks_mut(8 << 20).zip(0u64..) {
         device.read_at(piece, n * (8 << 20)).expect("the device is readable");

@@ -11,12 +11,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bedplate_fuse::{FileId, Mount, MountOptions};
+use bedplate_fuse::{FileId, Mount, MountError, MountOptions, Namespace};
 use nix::libc;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::memory::{MemoryDevice, MemoryNamespace};
+use crate::{
+    TRANSPORT,
+    memory::{MemoryDevice, MemoryNamespace},
+    switch,
+};
 
 pub const VOLUME: FileId = FileId::volume(Uuid::from_u128(1));
 pub const IMAGE: FileId = FileId::image(Uuid::from_u128(2));
@@ -35,7 +39,7 @@ pub struct Fixture {
 
 impl Fixture {
     pub fn new() -> Fixture {
-        Fixture::with_options(MountOptions::default())
+        Fixture::with_options(options())
     }
 
     pub fn with_options(options: MountOptions) -> Fixture {
@@ -43,7 +47,7 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         let volume = MemoryDevice::volume(VOLUME_SIZE);
         namespace.add(VOLUME, "v", volume.clone());
-        let mount = Mount::start(&dir.path().join("mnt"), namespace.clone(), options).unwrap();
+        let mount = start(&dir.path().join("mnt"), namespace.clone(), options).unwrap();
         Fixture { mount: Some(mount), dir, namespace, volume }
     }
 
@@ -57,7 +61,7 @@ impl Fixture {
 
     /// Mount the same files again.
     pub fn remount(&mut self, dir: &Path) {
-        self.mount = Some(Mount::start(dir, self.namespace.clone(), MountOptions::default()).unwrap());
+        self.mount = Some(start(dir, self.namespace.clone(), options()).unwrap());
     }
 
     /// A path beside the mount.
@@ -82,6 +86,16 @@ impl Fixture {
     pub fn open(&self, flags: libc::c_int) -> File {
         OpenOptions::new().read(true).write(true).custom_flags(flags).open(self.volume_path()).unwrap()
     }
+}
+
+/// The defaults, on the transport that this test program is about.
+pub fn options() -> MountOptions {
+    MountOptions { transport: TRANSPORT, ..MountOptions::default() }
+}
+
+/// Mount, with the machine's switch as the transport needs it.
+pub fn start(dir: &Path, namespace: Arc<dyn Namespace>, options: MountOptions) -> Result<Mount, MountError> {
+    switch::with_rings(|| Mount::start(dir, namespace, options))
 }
 
 /// Wait until `condition` holds.

@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use bedplate_fuse::{IoPath, MountOptions};
+use bedplate_fuse::IoPath;
 use nix::{libc, sys::utsname::uname};
 
 use crate::{
@@ -22,7 +22,7 @@ fn raw_path() -> IoPath {
 }
 
 fn fixture_with_raw_image(content: &[u8], file_content: &[u8]) -> (Fixture, std::sync::Arc<MemoryDevice>) {
-    let fixture = Fixture::with_options(MountOptions::default());
+    let fixture = Fixture::new();
     let backing = fixture.scratch("raw");
     fs::write(&backing, file_content).unwrap();
     let device = MemoryDevice::image(content.to_vec());

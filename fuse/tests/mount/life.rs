@@ -21,7 +21,7 @@ use nix::{
 use rustix::process::configure_io_flusher_behavior;
 
 use crate::{
-    fixture::{DEADLINE, Fixture, IMAGE, VOLUME, errno, until},
+    fixture::{self, DEADLINE, Fixture, IMAGE, VOLUME, errno, options, until},
     memory::{MemoryDevice, MemoryNamespace},
 };
 
@@ -34,7 +34,7 @@ fn is_mounted(dir: &Path) -> bool {
 }
 
 fn start(dir: &Path) -> Result<Mount, MountError> {
-    Mount::start(dir, Arc::new(MemoryNamespace::default()), MountOptions::default())
+    fixture::start(dir, Arc::new(MemoryNamespace::default()), options())
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn other_users_enter_only_if_the_mount_is_shared_and_the_files_mode_lets_them() 
     for (sharing, image_mode, readable) in
         [(Sharing::Owner, 0o444, false), (Sharing::Others, 0o444, true), (Sharing::Others, 0o400, false)]
     {
-        let options = MountOptions { sharing, image_mode: mode(image_mode), ..MountOptions::default() };
+        let options = MountOptions { sharing, image_mode: mode(image_mode), ..options() };
         let fixture = Fixture::with_options(options);
         fixture.namespace.add(IMAGE, "i", MemoryDevice::image(vec![1; 100]));
         fs::set_permissions(fixture.scratch(""), fs::Permissions::from_mode(0o755)).unwrap();
@@ -218,7 +218,7 @@ fn every_serving_thread_is_an_io_flusher_where_the_process_may_make_it_one() {
         if allowed { "there" } else { "missing: the mount has to do without" }
     );
     let _fixture = Fixture::new();
-    let enough = MountOptions::default().threads.get();
+    let enough = options().threads.get();
     until("the threads' start", || serving_flags().len() >= enough);
     assert!(serving_flags().iter().all(|flags| flags & IO_FLUSHER == expected), "{:x?}", serving_flags());
 }
@@ -231,7 +231,10 @@ fn serving_flags() -> Vec<u64> {
         let stat = fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
         let (name, fields) = stat.rsplit_once(')')?;
         let flags = fields.split_whitespace().nth(6)?.parse().ok()?;
-        name.contains("(fuser-").then_some(flags)
+        ["(fuser-", "(fuse-ring-", "(fuse-call-", "(fuse-wait-"]
+            .iter()
+            .any(|serving| name.contains(serving))
+            .then_some(flags)
     });
     flags.collect()
 }

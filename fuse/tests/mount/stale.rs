@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use bedplate_fuse::{Mount, MountError, MountOptions, Stopped};
+use bedplate_fuse::{Mount, MountError, Stopped, TransportChoice};
 use nix::{
     libc,
     mount::{MntFlags, umount2},
@@ -17,33 +17,43 @@ use nix::{
 };
 
 use crate::{
-    fixture::{DEADLINE, VOLUME, errno},
+    TRANSPORT,
+    fixture::{self, DEADLINE, VOLUME, errno, options, until},
     memory::{MemoryDevice, MemoryNamespace},
+    switch,
 };
 
 /// A process that serves a mount; killed when the test is over, and its mount with it.
-struct Victim(Child, BufReader<ChildStdout>, PathBuf);
+pub struct Victim(Child, BufReader<ChildStdout>, PathBuf);
 
 impl Victim {
-    fn start(dir: &Path) -> Victim {
+    pub fn start(dir: &Path) -> Victim {
         // target/PROFILE/deps/THIS -> target/PROFILE/examples/memory_mount, which `cargo test` builds as well.
         let program =
             env::current_exe().unwrap().parent().unwrap().with_file_name("examples").join("memory_mount");
         assert!(program.exists(), "{} is missing: cargo build --examples", program.display());
-        let mut child =
-            Command::new(program).arg(dir).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        output.read_line(&mut line).unwrap();
-        assert_eq!(line, "mounted\n");
-        Victim(child, output, dir.into())
+        let transport = match TRANSPORT {
+            TransportChoice::Auto => "auto",
+            TransportChoice::Uring => "uring",
+            TransportChoice::Classic => "classic",
+        };
+        let mut command = Command::new(program);
+        command.arg(dir).arg(transport).stdin(Stdio::piped()).stdout(Stdio::piped());
+        switch::with_rings(|| {
+            let mut child = command.spawn().unwrap();
+            let mut line = String::new();
+            let mut output = BufReader::new(child.stdout.take().unwrap());
+            output.read_line(&mut line).unwrap();
+            assert_eq!(line, "mounted\n");
+            Victim(child, output, dir.into())
+        })
     }
 
     fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.0.id().try_into().unwrap()), signal).unwrap();
     }
 
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
     }
@@ -59,7 +69,7 @@ impl Drop for Victim {
 fn start(dir: &Path) -> Result<Mount, MountError> {
     let namespace = Arc::new(MemoryNamespace::default());
     namespace.add(VOLUME, "new", MemoryDevice::volume(4096));
-    Mount::start(dir, namespace, MountOptions::default())
+    fixture::start(dir, namespace, options())
 }
 
 fn mounts_on(dir: &Path) -> usize {
@@ -78,7 +88,10 @@ fn the_mount_of_a_killed_process_is_cleared_away_and_made_anew() {
     let mut victim = Victim::start(&dir);
     assert_eq!(names(&dir.join("images")), [dir.join("images/base")]);
     victim.kill();
-    assert_eq!(errno(fs::metadata(&dir)), libc::ENOTCONN);
+    // Until the last of its threads is gone, the kernel may say so in other words.
+    until("the end of its connection", || {
+        fs::metadata(&dir).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
+    });
     let mount = start(&dir).unwrap();
     assert_eq!(names(&dir.join("volumes")), [dir.join("volumes/new")]);
     assert_eq!(mounts_on(&dir), 1);
@@ -122,8 +135,13 @@ fn a_mount_has_the_memory_of_its_requests_before_the_first_one() {
     let status = fs::read_to_string(format!("/proc/{}/status", victim.0.id())).unwrap();
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     let kib: usize = resident.trim().trim_end_matches(" kB").parse().unwrap();
-    // Each thread receives a request into one buffer and reads into another.
-    assert!(kib >= MountOptions::default().threads.get() * 2 * 1024, "{kib} KiB");
+    let expected = match TRANSPORT {
+        // An entry for each of 32 requests of at least one processor.
+        TransportChoice::Uring => 32 * 128,
+        // Each thread receives a request into one buffer and reads into another.
+        TransportChoice::Auto | TransportChoice::Classic => options().threads.get() * 2 * 1024,
+    };
+    assert!(kib >= expected, "{kib} KiB");
 }
 
 #[test]

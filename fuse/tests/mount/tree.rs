@@ -14,7 +14,7 @@ use nix::{
 use uuid::Uuid;
 
 use crate::{
-    fixture::{Fixture, IMAGE, VOLUME, VOLUME_SIZE, errno, shell_ok},
+    fixture::{Fixture, IMAGE, VOLUME, VOLUME_SIZE, errno, options, shell_ok},
     memory::MemoryDevice,
 };
 
@@ -67,8 +67,7 @@ fn ls_shows_size_mode_and_blocks() {
 #[test]
 fn the_mount_modes_are_the_files_modes_and_an_image_is_never_writable() {
     let mode = |bits| Mode::new(bits).unwrap();
-    let options =
-        MountOptions { volume_mode: mode(0o660), image_mode: mode(0o664), ..MountOptions::default() };
+    let options = MountOptions { volume_mode: mode(0o660), image_mode: mode(0o664), ..options() };
     let fixture = Fixture::with_options(options);
     fixture.namespace.add(IMAGE, "i", MemoryDevice::image(vec![7; 100]));
     let bits = |path: &str| fs::metadata(fixture.path(path)).unwrap().permissions().mode() & 0o7777;

@@ -14,7 +14,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use bedplate_fuse::Sharing;
+use bedplate_fuse::{NoRings, Sharing};
 use clap::Args;
 use nix::{
     libc,
@@ -101,7 +101,8 @@ impl Check {
 
 pub async fn run(args: DoctorArgs, socket: Option<PathBuf>) -> Result<(), Failure> {
     let settings = Settings { socket, ..args.settings };
-    let mut checks = vec![kernel(), fuse(), privileges(), loop_devices(), open_files(), io_uring()];
+    let mut checks =
+        vec![kernel(), fuse(), privileges(), loop_devices(), open_files(), io_uring(), fuse_rings()];
     match settings.load(args.config.as_deref()) {
         Ok(config) => {
             checks.push(settings_check(&config));
@@ -238,17 +239,34 @@ fn open_files() -> Check {
 }
 
 fn io_uring() -> Check {
-    let switch = "/proc/sys/kernel/io_uring_disabled";
-    match fs::read_to_string(switch).as_deref().map(str::trim) {
-        Ok("0") => Check::ok("io_uring", "enabled"),
-        Ok("1") => Check::ok("io_uring", "enabled for privileged processes"),
-        Ok(value) => Check::warn(
-            "io_uring",
-            format!("disabled ({value})"),
-            "sysctl kernel.io_uring_disabled=0 makes it usable",
+    let Err(error) = bedplate_engine::exec::ring::probe() else {
+        return Check::ok("io_uring", "usable: requests run on workers");
+    };
+    let switch = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
+    let advice = match switch.trim() {
+        "" | "0" => "use Linux 6.1 or later, and a container runtime that lets io_uring through",
+        _ => "sysctl kernel.io_uring_disabled=0 makes it usable",
+    };
+    Check::warn("io_uring", format!("{error}: requests run blocking"), advice)
+}
+
+/// The switch is the machine's, for every FUSE file system: that is for its administrator to set.
+fn fuse_rings() -> Check {
+    const NAME: &str = "fuse over io_uring";
+    match bedplate_fuse::rings_offered() {
+        Ok(()) => Check::ok(NAME, "switched on"),
+        Err(NoRings::Off) => Check::warn(
+            NAME,
+            "switched off: volumes are served on /dev/fuse",
+            format!(
+                "echo Y > {}; to keep it so: echo 'options fuse enable_uring=1' > /etc/modprobe.d/fuse.conf; \
+                 then restart the node",
+                bedplate_fuse::RINGS_PARAMETER
+            ),
         ),
-        // The switch came with 6.6; before, what is built in is enabled.
-        Err(_) => Check::ok("io_uring", "no switch; enabled where it is built in"),
+        Err(reason) => {
+            Check::warn(NAME, reason.to_string(), "volumes are served on /dev/fuse, with less speed")
+        }
     }
 }
 

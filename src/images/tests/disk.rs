@@ -416,3 +416,23 @@ fn two_disks_with_one_name_are_both_served() {
     assert_eq!(both.get("a").unwrap().copies[0].disk, Uuid::from_u128(1));
     assert!(both.open_device(&second).is_ok());
 }
+
+#[test]
+fn one_image_on_two_disks_is_found_by_its_uuid_until_both_are_gone() {
+    let (one, two) = (Node::new(), Node::new());
+    ready(&one);
+    let copied = std::process::Command::new("cp").arg("-aT").args([&one.disk, &two.disk]).status().unwrap();
+    assert!(copied.success());
+    let disks = vec![
+        DiskDir::open(Uuid::from_u128(1), &one.disk).unwrap(),
+        DiskDir::open(Uuid::from_u128(2), &two.disk).unwrap(),
+    ];
+    let both = Images::open(disks, settings(), one.host.clone(), one.runtime.handle().clone());
+    let uuid = both.get("a").unwrap().uuid.unwrap().to_string();
+    assert_eq!(both.get(&uuid).unwrap().name, "a");
+    one.runtime.block_on(both.delete("a")).unwrap();
+    let second = both.get(&uuid).unwrap();
+    assert_eq!(second.name, format!("a~{}", &uuid[..8]));
+    one.runtime.block_on(both.delete(&second.name)).unwrap();
+    assert!(matches!(both.get(&uuid), Err(Error::NotFound(_))));
+}

@@ -6,6 +6,7 @@
 mod arrivals;
 mod disk;
 mod download;
+mod joined;
 mod origin;
 mod peer;
 mod random;
@@ -68,6 +69,7 @@ pub struct Node {
 pub fn settings() -> Settings {
     Settings {
         jobs_running_max: 4,
+        base_cache: super::BaseCache::Shared,
         http: HttpSettings {
             connect_timeout: Duration::from_millis(500),
             idle_timeout: Duration::from_millis(400),

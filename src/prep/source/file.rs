@@ -72,7 +72,7 @@ impl Source for FileSource {
             let what = format!("{} is neither a regular file nor a block device", path.display());
             return Err(Failure::Unsupported(what));
         };
-        let validator = identity(&meta, size);
+        let validator = identity(&meta);
         // A device has nothing that tells.
         let same = validator != Validator::None && *arrival.validator() == validator;
         if arrival.position() > 0 && (!same || arrival.position() > size) {
@@ -97,9 +97,8 @@ impl Source for FileSource {
                 arrival.bytes(part)?;
             }
         }
-        if identity(&file.metadata().map_err(io("stat"))?, size) != validator {
-            arrival.restart()?;
-            return Err(Failure::Source(format!("{} changed while it was read", path.display())));
+        if identity(&file.metadata().map_err(io("stat"))?) != validator {
+            return Err(Failure::Changed(path.clone()));
         }
         Ok(())
     }
@@ -116,12 +115,12 @@ fn data_bytes(file: &File, arrival: &Arrival<'_>, size: u64) -> nix::Result<u64>
     Ok(sum)
 }
 
-fn identity(meta: &std::fs::Metadata, size: u64) -> Validator {
+/// What tells that a file is still the same: nothing, of a block device.
+pub fn identity(meta: &std::fs::Metadata) -> Validator {
     if meta.file_type().is_block_device() {
         // A device's inode says nothing about its content.
         return Validator::None;
     }
     let mtime_ns = meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec());
-    let size_bytes = if meta.is_file() { meta.len() } else { size };
-    Validator::File { device: meta.dev(), inode: meta.ino(), size_bytes, mtime_ns }
+    Validator::File { device: meta.dev(), inode: meta.ino(), size_bytes: meta.len(), mtime_ns }
 }

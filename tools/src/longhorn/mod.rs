@@ -5,6 +5,7 @@
 //! own records decide, and that is said. Head numbers mean nothing: they wrap. A file may be shorter than the volume,
 //! which has grown since. The backing file is the one that the user names, never the path in a record.
 
+mod checksum;
 mod record;
 mod report;
 
@@ -23,10 +24,13 @@ use bedplate_engine::{
 use rustix::fs::{Mode, OFlags};
 
 use self::record::{LayerMeta, VolumeMeta};
-pub use self::report::{ReplicaInfo, check, info};
+pub use self::{
+    checksum::verify as verify_checksums,
+    report::{ReplicaInfo, check, info},
+};
 use crate::{
     layer::{FileLayer, open_file},
-    source::{self, Chain, FileArgs},
+    source::{self, Chain, FileArgs, NO_BACKING},
     stack::{Floor, LAYERS_MAX, Layer, Stack},
 };
 
@@ -38,8 +42,6 @@ const HEAD_PREFIX: &str = "volume-head-";
 const SNAPSHOT_PREFIX: &str = "volume-snap-";
 const LAYER_SUFFIX: &str = ".img";
 const META_SUFFIX: &str = ".meta";
-/// What `--backing` says where there is no backing file.
-const NO_BACKING: &str = "none";
 
 /// A layer's file.
 #[derive(Debug)]

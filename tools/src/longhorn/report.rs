@@ -1,14 +1,18 @@
 //! What `info` and `check` say of a replica directory.
 //!
 //! Owns the keys below `format-specific` and the findings of a check: which layers stand on which, which are marked
-//! removed, what belongs to nothing, what is missing. The content has no checksums that could be compared.
+//! removed, what belongs to nothing, what is missing. Checksums are `checksum.rs`'s.
 
 use std::collections::BTreeSet;
 
 use bedplate_engine::error::Error;
 use serde::Serialize;
 
-use super::{Entry, META_SUFFIX, Replica, SNAPSHOT_PREFIX, record::Labels};
+use super::{
+    Entry, META_SUFFIX, Replica, SNAPSHOT_PREFIX,
+    checksum::{self, Findings},
+    record::Labels,
+};
 use crate::{
     info::{FormatSpecific, Info},
     print, size,
@@ -148,9 +152,8 @@ impl ReplicaInfo {
 }
 
 /// What is wrong with the directory: corruptions, and leftovers that only waste space.
-pub fn check(replica: &Replica) -> (Vec<String>, Vec<String>) {
-    let mut corruptions: Vec<String> = Vec::new();
-    let mut leftovers: Vec<String> = Vec::new();
+pub fn check(replica: &Replica) -> Findings {
+    let Findings { mut corruptions, mut leftovers } = checksum::check(replica);
     let mut tell = |error: &Error| {
         let text = error.to_string();
         if !corruptions.contains(&text) {
@@ -192,5 +195,5 @@ pub fn check(replica: &Replica) -> (Vec<String>, Vec<String>) {
         };
         leftovers.push(format!("{name} is {what}"));
     }
-    (corruptions, leftovers)
+    Findings { corruptions, leftovers }
 }

@@ -31,8 +31,9 @@ use nix::{
 
 use super::{EntryKind, Open, Storage, StorageFile};
 use crate::{
+    buffer::{is_aligned, with_scratch},
     error::{Error, Result},
-    exec::buffer::{is_aligned, with_scratch},
+    exec::asynchronous::{Cache, Descriptor},
     units::{ByteRange, SECTOR_SIZE, to_usize},
 };
 
@@ -123,8 +124,8 @@ impl Storage for FileStorage {
         };
         let file = File::from(fd);
         let path = self.full_path(path);
-        let mode = if direct { Io::Direct { align: sector_size(&file) } } else { Io::Buffered };
-        Ok(Arc::new(DiskFile { file, path, mode }))
+        let cache = if direct { Cache::Direct { align: sector_size(&file) } } else { Cache::Buffered };
+        Ok(Arc::new(DiskFile { file, path, cache }))
     }
 
     fn create_dir(&self, path: &str) -> Result<()> {
@@ -206,18 +207,11 @@ impl Storage for FileStorage {
     }
 }
 
-/// How a file's bytes travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Io {
-    Buffered,
-    Direct { align: u64 },
-}
-
 #[derive(Debug)]
 struct DiskFile {
     file: File,
     path: PathBuf,
-    mode: Io,
+    cache: Cache,
 }
 
 /// The logical sector size of the block device that the file lies on, or 4096 where the system does not say (file
@@ -254,12 +248,16 @@ impl StorageFile for DiskFile {
         &self.path
     }
 
+    fn os_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
     fn len(&self) -> Result<u64> {
         self.file.metadata().map(|meta| meta.len()).map_err(|e| self.error("stat", e))
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        let Io::Direct { align } = self.mode else { return self.read_exact(buffer, offset) };
+        let Cache::Direct { align } = self.cache else { return self.read_exact(buffer, offset) };
         let len = buffer.len() as u64;
         if offset.is_multiple_of(align) && len.is_multiple_of(align) && is_aligned(buffer, to_usize(align)) {
             return self.read_exact(buffer, offset);
@@ -281,7 +279,7 @@ impl StorageFile for DiskFile {
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
-        let Io::Direct { align } = self.mode else { return self.write_all(data, offset) };
+        let Cache::Direct { align } = self.cache else { return self.write_all(data, offset) };
         if is_aligned(data, to_usize(align)) {
             return self.write_all(data, offset);
         }
@@ -322,10 +320,14 @@ impl StorageFile for DiskFile {
         let _ = posix_fadvise(self.file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
     }
 
+    fn descriptor(&self) -> Option<Descriptor<'_>> {
+        Some(Descriptor { fd: self.file.as_fd(), cache: self.cache })
+    }
+
     fn write_align(&self) -> u64 {
-        match self.mode {
-            Io::Buffered => SECTOR_SIZE,
-            Io::Direct { align } => align,
+        match self.cache {
+            Cache::Buffered => SECTOR_SIZE,
+            Cache::Direct { align } => align,
         }
     }
 

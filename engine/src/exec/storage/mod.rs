@@ -8,8 +8,9 @@
 pub mod file;
 pub mod memory;
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{fmt, fs::File, path::Path, sync::Arc};
 
+use super::asynchronous::Descriptor;
 use crate::{error::Result, units::ByteRange};
 
 /// An open file.
@@ -44,8 +45,19 @@ pub trait StorageFile: Send + Sync + fmt::Debug {
     /// Writes at multiples of this, in multiples of this, change nothing beside their range: 512 or 4096.
     fn write_align(&self) -> u64;
 
+    /// The file itself, for whoever carries reads and writes out without this trait's calls; none where there is no
+    /// such file, or where something has to happen besides.
+    fn descriptor(&self) -> Option<Descriptor<'_>> {
+        None
+    }
+
     /// Bytes that the file takes on the medium.
     fn allocated(&self) -> Result<u64>;
+
+    /// The descriptor behind it, where there is one: for whoever must know that this very file did not change.
+    fn os_file(&self) -> Option<&File> {
+        None
+    }
 
     /// Runs of data in `range`, by the file system's own knowledge. Only for repair, never to serve a read.
     fn data_ranges(&self, range: ByteRange) -> Result<Vec<ByteRange>>;

@@ -16,10 +16,25 @@ use crate::error::DecodeProblem;
 /// Bytes of compressed data that a thread keeps room for between two clusters.
 const INPUT_KEPT_MAX: usize = 256 << 10;
 
+/// Why there is no cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Undecoded {
+    /// The bytes are to blame.
+    Corrupt(DecodeProblem),
+    /// They are not: there is no memory for the decoder's state.
+    NoMemory,
+}
+
+impl From<DecodeProblem> for Undecoded {
+    fn from(problem: DecodeProblem) -> Undecoded {
+        Undecoded::Corrupt(problem)
+    }
+}
+
 /// Decode `input` into `output`, which is as long as a cluster.
-pub fn decode(compression: Compression, input: &[u8], output: &mut [u8]) -> Result<(), DecodeProblem> {
+pub fn decode(compression: Compression, input: &[u8], output: &mut [u8]) -> Result<(), Undecoded> {
     match compression {
-        Compression::Zlib => inflate(input, output),
+        Compression::Zlib => Ok(inflate(input, output)?),
         Compression::Zstd => unzstd(input, output),
     }
 }
@@ -56,7 +71,7 @@ fn inflate(input: &[u8], output: &mut [u8]) -> Result<(), DecodeProblem> {
 }
 
 /// A cluster is one frame or several.
-fn unzstd(input: &[u8], output: &mut [u8]) -> Result<(), DecodeProblem> {
+fn unzstd(input: &[u8], output: &mut [u8]) -> Result<(), Undecoded> {
     thread_local! {
         static ZSTD: RefCell<Option<DCtx<'static>>> = const { RefCell::new(None) };
     }
@@ -64,25 +79,31 @@ fn unzstd(input: &[u8], output: &mut [u8]) -> Result<(), DecodeProblem> {
         if state.is_none() {
             *state = DCtx::try_create();
         }
-        let state = state.as_mut().ok_or(DecodeProblem::Garbage)?;
+        let state = state.as_mut().ok_or(Undecoded::NoMemory)?;
         let mut input = input;
         let mut filled = 0;
         while let Some(rest) = output.get_mut(filled..)
             && !rest.is_empty()
         {
             if input.is_empty() {
-                return Err(DecodeProblem::Short);
+                return Err(DecodeProblem::Short.into());
             }
             let len = find_frame_compressed_size(input).map_err(|_| DecodeProblem::Garbage)?;
             let frame = input.get(..len).filter(|frame| !frame.is_empty()).ok_or(DecodeProblem::Garbage)?;
-            filled += state.decompress(rest, frame).map_err(|code| match get_error_name(code) {
-                "Destination buffer is too small" => DecodeProblem::Long,
-                _ => DecodeProblem::Garbage,
-            })?;
+            filled += state.decompress(rest, frame).map_err(|code| refusal(get_error_name(code)))?;
             input = input.get(len..).unwrap_or_default();
         }
         Ok(())
     })
+}
+
+/// What an error of the zstd library means, by the only name that it gives it.
+fn refusal(name: &str) -> Undecoded {
+    match name {
+        "Destination buffer is too small" => Undecoded::Corrupt(DecodeProblem::Long),
+        "Allocation error : not enough memory" => Undecoded::NoMemory,
+        _ => Undecoded::Corrupt(DecodeProblem::Garbage),
+    }
 }
 
 #[cfg(test)]
@@ -129,15 +150,22 @@ mod tests {
         for (compression, encode) in BOTH {
             let mut output = vec![0; 65536];
             let short = encode(&cluster()[..65000]);
-            assert_eq!(decode(compression, &short, &mut output), Err(DecodeProblem::Short));
+            assert_eq!(decode(compression, &short, &mut output), Err(DecodeProblem::Short.into()));
             let mut long = cluster();
             long.push(1);
-            assert_eq!(decode(compression, &encode(&long), &mut output), Err(DecodeProblem::Long));
-            assert_eq!(decode(compression, &[0xff; 512], &mut output), Err(DecodeProblem::Garbage));
+            assert_eq!(decode(compression, &encode(&long), &mut output), Err(DecodeProblem::Long.into()));
+            assert_eq!(decode(compression, &[0xff; 512], &mut output), Err(DecodeProblem::Garbage.into()));
             let whole = encode(&cluster());
             assert!(decode(compression, &whole[..whole.len() / 2], &mut output).is_err());
             assert!(decode(compression, &[], &mut output).is_err());
         }
+    }
+
+    #[test]
+    fn a_lack_of_memory_is_not_blamed_on_the_bytes() {
+        // ZSTD_error_memory_allocation, as the library returns it.
+        let code = 0_usize.wrapping_sub(64);
+        assert_eq!(refusal(get_error_name(code)), Undecoded::NoMemory);
     }
 
     #[test]

@@ -6,6 +6,9 @@
 //! what every reader needs, the active L1 table and the geometry, is refused here when it is wrong. Layout: the
 //! public specification of qcow2, versions 2 and 3.
 
+mod geometry;
+
+pub use self::geometry::{CLUSTER_BITS, Geometry, L2Format};
 use super::fault::{Fault, Result, be32, be64};
 use crate::units::{ByteLen, ByteOffset, ByteRange, VOLUME_SIZE_MAX};
 
@@ -15,8 +18,6 @@ pub const L1_BYTES_MAX: u64 = 32 << 20;
 pub const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Longest name of a backing file.
 pub const BACKING_NAME_LEN_MAX: u32 = 1023;
-/// Smallest and largest cluster, as powers of two.
-pub const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// Smallest cluster that can be divided into 32 subclusters, as a power of two.
 const SUBCLUSTERS_BITS_MIN: u32 = 14;
 
@@ -74,14 +75,6 @@ pub enum Compression {
     /// Raw deflate; the format's tools say zlib.
     Zlib,
     Zstd,
-}
-
-/// What an entry of an L2 table looks like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum L2Format {
-    Standard,
-    /// With 32 subclusters a cluster.
-    Extended,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,13 +163,6 @@ pub struct Header {
     pub data_file: Option<DataFile>,
     incompatible: u64,
     compatible: u64,
-}
-
-/// How guest offsets are divided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Geometry {
-    cluster_bits: u32,
-    format: L2Format,
 }
 
 impl UnverifiedHeader {
@@ -499,70 +485,6 @@ impl Header {
     /// Width of a refcount in bits.
     pub fn refcount_bits(&self) -> u32 {
         1 << self.refcounts.order
-    }
-}
-
-impl Geometry {
-    /// `cluster_bits` is one of [`CLUSTER_BITS`].
-    pub(super) fn new(cluster_bits: u32, format: L2Format) -> Geometry {
-        Geometry { cluster_bits, format }
-    }
-
-    pub fn cluster_bits(self) -> u32 {
-        self.cluster_bits
-    }
-
-    pub fn cluster_size(self) -> u64 {
-        1 << self.cluster_bits
-    }
-
-    pub fn l2_format(self) -> L2Format {
-        self.format
-    }
-
-    /// Bytes of one entry of an L2 table.
-    pub fn l2_entry_len(self) -> u64 {
-        match self.format {
-            L2Format::Standard => 8,
-            L2Format::Extended => 16,
-        }
-    }
-
-    /// Entries of an L2 table, which is one cluster.
-    pub fn l2_entries(self) -> u64 {
-        1 << self.l2_bits()
-    }
-
-    /// Guest bytes that one L2 table maps.
-    pub fn l2_span(self) -> u64 {
-        1 << (self.l2_bits() + self.cluster_bits)
-    }
-
-    /// The entry of the L1 table that maps this guest offset.
-    pub fn l1_index(self, offset: u64) -> u64 {
-        offset >> (self.l2_bits() + self.cluster_bits)
-    }
-
-    /// The entry of its L2 table that maps this guest offset.
-    pub fn l2_index(self, offset: u64) -> u64 {
-        (offset >> self.cluster_bits) & (self.l2_entries() - 1)
-    }
-
-    fn l2_bits(self) -> u32 {
-        match self.format {
-            L2Format::Standard => self.cluster_bits - 3,
-            L2Format::Extended => self.cluster_bits - 4,
-        }
-    }
-
-    /// Bytes of a subcluster; only with [`L2Format::Extended`].
-    pub fn subcluster_size(self) -> u64 {
-        self.cluster_size() / 32
-    }
-
-    /// Position within the cluster.
-    pub fn in_cluster(self, offset: u64) -> u64 {
-        offset & (self.cluster_size() - 1)
     }
 }
 

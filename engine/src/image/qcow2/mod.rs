@@ -24,7 +24,7 @@ mod snapshots;
 mod source;
 mod tables;
 
-use std::{fs::File, iter::repeat_n, ops::ControlFlow, path::Path, sync::Arc};
+use std::{fs::File, io, iter::repeat_n, ops::ControlFlow, path::Path, sync::Arc};
 
 pub use self::{
     bitmaps::{BITMAP_DIRECTORY_BYTES_MAX, BITMAPS_MAX, Bitmap},
@@ -39,6 +39,7 @@ pub use self::{
 };
 use self::{
     cache::DecodedClusters,
+    compressed::Undecoded,
     header::{DataFile, PEEK_LEN},
     tables::{Clusters, Opening, Tables},
 };
@@ -46,6 +47,7 @@ use super::BaseImage;
 use crate::{
     device::{Extent, ExtentKind},
     error::{Corruption, Error, Result},
+    exec::asynchronous::Located,
     units::{ByteLen, ByteOffset, ByteRange, to_usize},
 };
 
@@ -129,6 +131,11 @@ impl Qcow2Layer {
     /// The file, for executors that carry out [`Place::Data`] on their own.
     pub fn file(&self) -> &Source {
         self.data.as_ref().unwrap_or(&self.file)
+    }
+
+    /// All files that its bytes come from: its own, and the external data file where one is attached.
+    pub fn sources(&self) -> impl Iterator<Item = &Source> {
+        std::iter::once(&*self.file).chain(&self.data)
     }
 
     /// Virtual size of the view.
@@ -231,6 +238,36 @@ impl Qcow2Layer {
         result
     }
 
+    /// Where the bytes of `range` are, as far as that is in memory; the rest waits for whoever reads it. What belongs to
+    /// the file below is zeros, as it reads without one.
+    fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) {
+        let known = self.tables.known(range);
+        let mut at = range.start;
+        if let (Some(known), Ok(data)) = (known, self.data_source()) {
+            let located = map::each(&self.tables, known, |segment| {
+                at = segment.range.end();
+                match segment.place {
+                    Place::Data { host } => data.locate(segment.range, host.0, found),
+                    Place::Zero { .. } | Place::Backing => found(segment.range, Located::Zeros),
+                    Place::Compressed { host, len } => {
+                        let cluster = self.decoded.peek((host, len));
+                        let start = to_usize(self.header.geometry.in_cluster(segment.range.start.0));
+                        let part = cluster
+                            .as_deref()
+                            .and_then(|cluster| cluster.get(start..)?.get(..segment.range.len.as_usize()));
+                        found(segment.range, part.map_or(Located::Waits, Located::Bytes));
+                    }
+                    Place::Damaged => found(segment.range, Located::Waits),
+                }
+                ControlFlow::Continue(())
+            });
+            debug_assert!(located.is_ok(), "nothing is read for tables in memory");
+        }
+        if at < range.end() {
+            found(ByteRange { start: at, len: range.end().since(at) }, Located::Waits);
+        }
+    }
+
     /// Fill `buffer`, which is as long as the segment. What belongs to the file below is filled with zeros, as it reads
     /// without one.
     pub fn read_segment(&self, segment: Segment, buffer: &mut [u8]) -> Result<()> {
@@ -296,10 +333,15 @@ impl Qcow2Layer {
     fn decode(&self, range: ByteRange, host: ByteOffset, len: ByteLen, output: &mut [u8]) -> Result<()> {
         compressed::with_input(len.as_usize(), |input| {
             self.file.read(input, host.0, "compressed cluster")?;
-            compressed::decode(self.header.compression, input, output).map_err(|problem| {
-                let what = Corruption::Compressed(problem);
-                let cluster = self.cluster_of(range);
-                Fault::Corrupt { what, at: host }.losing(cluster).of(self.file.path())
+            compressed::decode(self.header.compression, input, output).map_err(|undecoded| match undecoded {
+                Undecoded::Corrupt(problem) => {
+                    let what = Corruption::Compressed(problem);
+                    let cluster = self.cluster_of(range);
+                    Fault::Corrupt { what, at: host }.losing(cluster).of(self.file.path())
+                }
+                Undecoded::NoMemory => {
+                    Error::io("decode", self.file.path(), io::ErrorKind::OutOfMemory.into())
+                }
             })
         })
     }
@@ -373,6 +415,22 @@ impl BaseImage for Qcow2Image {
         })
     }
 
+    fn read_ahead(&self, range: ByteRange) {
+        // Whoever reads is told what is wrong.
+        let _ = self.layer.each(range, |segment| {
+            match segment.place {
+                Place::Data { host } => {
+                    self.layer.file().read_ahead(ByteRange { start: host, len: segment.range.len })
+                }
+                Place::Compressed { host, len } => {
+                    self.layer.file().read_ahead(ByteRange { start: host, len })
+                }
+                Place::Zero { .. } | Place::Backing | Place::Damaged => {}
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
     /// Damaged ranges count as data, so that whoever wants them reads them and is told.
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
         let mut extents: Vec<Extent> = Vec::new();
@@ -392,6 +450,10 @@ impl BaseImage for Qcow2Image {
             if looked_at < EXTENT_SEGMENTS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         Ok(extents)
+    }
+
+    fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) {
+        self.layer.locate(range, found);
     }
 }
 

@@ -4,7 +4,11 @@
 
 use std::{io::Write, path::Path};
 
-use super::*;
+use super::{
+    entry::{COMPRESSED, COPIED, ZERO},
+    *,
+};
+use crate::units::ByteOffset;
 
 const CLUSTER: u64 = 16384;
 const L1_AT: u64 = CLUSTER;

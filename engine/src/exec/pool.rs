@@ -1,9 +1,11 @@
-//! Threads for actions that no request waits for: checkpoints, commits under pressure of the log, marks.
+//! Threads for what may wait, beside those that serve requests.
 //!
-//! Owns [`Housekeeper`]. The queue is bounded by what cores ask for: at most [`PER_VOLUME_MAX`] such actions of one
-//! volume exist at a time.
+//! Owns [`Pool`]. A disk has one for actions that no request waits for (checkpoints, commits under pressure of the log,
+//! marks), and workers share one for what their ring cannot do. The queue is bounded by who fills it: of one volume at
+//! most [`PER_VOLUME_MAX`] housekeeping actions exist at a time, and a worker's jobs belong to the requests that it has
+//! admitted.
 
-use std::thread::JoinHandle;
+use std::{panic::AssertUnwindSafe, thread::JoinHandle};
 
 use crossbeam::channel::{Sender, unbounded};
 
@@ -11,13 +13,14 @@ use crate::error::{Error, Result};
 
 /// A running commit, a checkpoint and a mark.
 pub const PER_VOLUME_MAX: usize = 3;
-const THREADS: usize = 2;
+/// Threads of one pool.
+pub const THREADS_MAX: usize = 64;
 
 type Job = Box<dyn FnOnce() + Send>;
 
 /// A small pool of threads; dropping it waits for what was queued.
 #[derive(Debug)]
-pub struct Housekeeper {
+pub struct Pool {
     queue: Option<Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -26,21 +29,23 @@ pub struct Housekeeper {
 /// [`Held::on_thread_start`](crate::volume::disk::Held::on_thread_start)), and these are on it: requests wait for them.
 pub type ThreadStart = fn();
 
-impl Housekeeper {
-    pub fn start(on_start: ThreadStart) -> Result<Housekeeper> {
+impl Pool {
+    /// Start `count` threads, at most [`THREADS_MAX`], called `name-0` and so on.
+    pub fn start(name: &str, count: usize, on_start: ThreadStart) -> Result<Pool> {
         let (queue, jobs) = unbounded::<Job>();
-        let threads = (0..THREADS)
+        let threads = (0..count.clamp(1, THREADS_MAX))
             .map(|n| {
                 let jobs = jobs.clone();
                 let work = move || {
                     on_start();
-                    jobs.iter().for_each(|job| job());
+                    // A job that panics has a way to say so to whoever waits; the others need its thread.
+                    jobs.iter().for_each(|job| drop(std::panic::catch_unwind(AssertUnwindSafe(job))));
                 };
-                std::thread::Builder::new().name(format!("housekeeper-{n}")).spawn(work)
+                std::thread::Builder::new().name(format!("{name}-{n}")).spawn(work)
             })
             .collect::<std::io::Result<_>>()
-            .map_err(|e| Error::io("start", "housekeeper thread", e))?;
-        Ok(Housekeeper { queue: Some(queue), threads })
+            .map_err(|e| Error::io("start", format!("thread {name}"), e))?;
+        Ok(Pool { queue: Some(queue), threads })
     }
 
     /// Run `job` soon, on a thread of the pool.
@@ -52,7 +57,7 @@ impl Housekeeper {
     }
 }
 
-impl Drop for Housekeeper {
+impl Drop for Pool {
     fn drop(&mut self) {
         self.queue = None;
         let me = std::thread::current().id();
