@@ -23,6 +23,7 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use crate::{
     duration::{parse_duration, show_duration},
     images::{BaseCache, HttpSettings},
+    prep::room::Reserve,
     telemetry::{self, LogFormat},
 };
 
@@ -87,6 +88,10 @@ pub struct Settings {
     /// whose memory belongs to its guests [default: shared]
     #[arg(long, value_name = "CACHE", env = "BEDPLATE_BASE_CACHE")]
     pub base_cache: Option<BaseCache>,
+    /// Free bytes that images leave on each disk for volumes: a size (512M, 10G), or auto, which is 1 GiB or 2 % of the
+    /// file system if that is more, but at most a quarter of it [default: auto]
+    #[arg(long, value_name = "SIZE", env = "BEDPLATE_IMAGE_RESERVE")]
+    pub image_reserve: Option<Reserve>,
     /// What to log: error, warn, info, debug, trace, or directives such as info,bedplate::api=debug [default: info]
     #[arg(long, value_name = "FILTER", env = "BEDPLATE_LOG")]
     pub log: Option<String>,
@@ -165,7 +170,7 @@ pub struct HttpPatience {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 18] = [
     "state",
     "disks",
     "mount",
@@ -177,6 +182,7 @@ const KEYS: [&str; 17] = [
     "low_latency",
     "image_jobs",
     "image_deadline",
+    "image_reserve",
     "base_cache",
     "log",
     "log_format",
@@ -208,6 +214,7 @@ pub struct Config {
     pub latency: Latency,
     pub image_jobs: NonZeroUsize,
     pub image_deadline: Duration,
+    pub image_reserve: Reserve,
     pub http: HttpSettings,
     pub base_cache: BaseCache,
     pub log: String,
@@ -284,6 +291,7 @@ impl Settings {
             low_latency: self.low_latency.or(below.low_latency),
             image_jobs: self.image_jobs.or(below.image_jobs),
             image_deadline: self.image_deadline.or(below.image_deadline),
+            image_reserve: self.image_reserve.or(below.image_reserve),
             base_cache: self.base_cache.or(below.base_cache),
             log: self.log.or(below.log),
             log_format: self.log_format.or(below.log_format),
@@ -354,6 +362,7 @@ impl Settings {
             },
             image_jobs,
             image_deadline,
+            image_reserve: self.image_reserve.unwrap_or_default(),
             http,
             base_cache: self.base_cache.unwrap_or_default(),
             log,
@@ -402,6 +411,7 @@ impl Config {
             low_latency: bool,
             image_jobs: NonZeroUsize,
             image_deadline: String,
+            image_reserve: Reserve,
             base_cache: BaseCache,
             log: &'a str,
             log_format: LogFormat,
@@ -428,6 +438,7 @@ impl Config {
             low_latency: matches!(self.latency, Latency::Low),
             image_jobs: self.image_jobs,
             image_deadline: show_duration(self.image_deadline),
+            image_reserve: self.image_reserve,
             base_cache: self.base_cache,
             log: &self.log,
             log_format: self.log_format,

@@ -62,7 +62,7 @@ fn cancel_during(node: &Node, line: &str, kind: &str) -> String {
 
 #[test]
 fn what_takes_long_is_cancelled_at_the_command_line_and_leaves_what_it_found() {
-    let node = with_slow_writes(20_000);
+    let node = with_slow_writes(200_000);
     cancel_during(&node, "volume export v out.raw", "volume_export");
     cancel_during(&node, "image export base out.raw", "image_export");
     assert_eq!(node.sh("ls -A $T").split_whitespace().collect::<Vec<_>>(), ["base.raw", "expected"]);
@@ -78,7 +78,7 @@ fn what_takes_long_is_cancelled_at_the_command_line_and_leaves_what_it_found() {
 
 #[test]
 fn flattening_is_cancelled_and_goes_on_from_there() {
-    let mut node = with_slow_writes(20_000);
+    let mut node = with_slow_writes(200_000);
     node.run("snapshot create v s");
     let said = cancel_during(&node, "volume flatten v", "volume_flatten");
     assert!(said.contains("what was copied is kept"), "{said}");

@@ -12,7 +12,7 @@ use crate::{config::Settings, daemon, telemetry};
 #[command(
     after_long_help = "Settings come from flags, then from the environment, then from the file, then from \
 defaults. The keys of the file are: state, disks, mount, socket, socket_group, mount_mode, allow_other, threads, executor, \
-fuse_transport, low_latency, image_jobs, image_deadline, base_cache, log, log_format, and the table [http], which says how patient downloads are (here with its defaults):
+fuse_transport, low_latency, image_jobs, image_deadline, image_reserve, base_cache, log, log_format, and the table [http], which says how patient downloads are (here with its defaults):
 
   [http]
   connect_timeout = \"8s\"     # the longest that making a connection may take

@@ -33,7 +33,7 @@ fn an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() {
 #[test]
 fn every_field_is_a_known_key() {
     let text = "state='/s'\ndisks=['/d']\nmount='/m'\nmount_mode='0660'\nallow_other=false\nthreads=1\nexecutor='ring'\nfuse_transport='uring'\nlow_latency=true\n\
-                    image_jobs=2\nimage_deadline='2h30m'\nbase_cache='direct'\nlog='debug'\nlog_format='json'\nsocket='/k'\nsocket_group='root'\n\
+                    image_jobs=2\nimage_deadline='2h30m'\nimage_reserve='10G'\nbase_cache='direct'\nlog='debug'\nlog_format='json'\nsocket='/k'\nsocket_group='root'\n\
                     [http]\nconnect_timeout='4s'\nidle_timeout='10s'\nfirst_byte_within='1m'\nstalled_max='1h'";
     let settings = parse(text).unwrap();
     assert_eq!(toml::from_str::<toml::Table>(text).unwrap().len(), KEYS.len());
@@ -55,6 +55,7 @@ fn a_wrong_type_or_syntax_is_refused_with_its_line() {
         "state = '/s'\nthreads = ",
         "state = '/s'\nthreads = 0",
         "state = '/s'\nbase_cache = 'none'",
+        "state = '/s'\nimage_reserve = 'much'",
     ] {
         let message = parse(text).unwrap_err().to_string();
         assert!(message.starts_with("c.toml: line 2: ") && !message.contains('\n'), "{message}");

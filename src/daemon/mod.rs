@@ -238,6 +238,7 @@ fn start(
         jobs_running_max: config.image_jobs.get(),
         http: config.http.clone(),
         base_cache: config.base_cache,
+        reserve: config.image_reserve,
         deadline: config.image_deadline,
         ..images::Settings::default()
     };

@@ -16,7 +16,7 @@ use crate::{
         record::{FailureRecord, Parts},
         sources::SourceFile,
     },
-    prep::{progress::Progress, source::http::HttpSettings},
+    prep::{progress::Progress, room::Reserve, source::http::HttpSettings},
 };
 
 /// What the service needs from the node around it.
@@ -48,6 +48,8 @@ pub struct Settings {
     pub http: HttpSettings,
     /// How the images are opened that volumes stand on.
     pub base_cache: BaseCache,
+    /// Free bytes that images leave on a disk.
+    pub reserve: Reserve,
     /// What has arrived is made durable and recorded each time this many bytes have come ...
     pub sync_bytes: u64,
     /// ... or this much time has passed, whichever is first.
@@ -62,6 +64,7 @@ impl Default for Settings {
             jobs_running_max: 4,
             http: HttpSettings::default(),
             base_cache: BaseCache::default(),
+            reserve: Reserve::default(),
             sync_bytes: 64 << 20,
             sync_interval: Duration::from_secs(1),
             deadline: Duration::from_secs(24 * 60 * 60),

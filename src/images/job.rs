@@ -132,6 +132,7 @@ impl Service {
             format: matches!(origin, Origin::Volume { .. }).then_some(Format::Raw),
             expected,
             size_max: IMAGE_SIZE_MAX,
+            reserve: self.settings.reserve,
             sync_bytes: self.settings.sync_bytes,
             sync_interval: self.settings.sync_interval,
             meter: job.meter.clone(),

@@ -26,7 +26,7 @@ use super::{
     },
     probe::probe,
     progress::{Meter, Phase},
-    room::check_fits,
+    room::Reserve,
     source::{Source, Validator},
     stop::Stop,
 };
@@ -48,6 +48,8 @@ pub struct Spec {
     pub format: Option<Format>,
     pub expected: Option<Expected>,
     pub size_max: u64,
+    /// What must stay free on its disk.
+    pub reserve: Reserve,
     /// A mark is set each time this much has arrived ...
     pub sync_bytes: u64,
     /// ... or this much time has passed.
@@ -95,7 +97,8 @@ struct Pass {
 pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
     let path = spec.dir.path().join(spec.names.data);
     let file = spec.dir.open_file(spec.names.data, Open::CreateWrite)?;
-    let target = Target { file: &file, path: &path, dir: &spec.dir, names: spec.names };
+    let target =
+        Target { file: &file, path: &path, dir: &spec.dir, names: spec.names, reserve: spec.reserve };
     let mut pass = run(spec, source, target)?;
     if pass.parts == Parts::Unproven && pass.hasher.clone().finish().check(spec.expected.as_ref()).is_err() {
         tracing::warn!(path = %path.display(), "the parts of an arrival do not fit; it is fetched once more as a whole");
@@ -315,7 +318,7 @@ impl<'a> Arrival<'a> {
         let left = total.map_or(0, |total| total.saturating_sub(self.position()));
         self.total = total;
         self.validator = validator;
-        check_fits(&self.spec.dir, needed_bytes.unwrap_or(left))?;
+        self.spec.reserve.check_fits(&self.spec.dir, needed_bytes.unwrap_or(left))?;
         self.spec.meter.begin(Phase::Transferring, self.position(), total);
         Ok(())
     }

@@ -19,7 +19,7 @@ pub enum Failure {
     #[error("corrupt: {0}")]
     Corrupt(String),
     /// Known before the first byte was written, or found out in the middle (then 0 bytes are needed: any are too many).
-    #[error("not enough space on {}: {needed_bytes} bytes are needed and {reserve_bytes} are left free for volumes, \
+    #[error("not enough space on {}: {needed_bytes} bytes are needed and {reserve_bytes} are left free for volumes (--image-reserve), \
              {free_bytes} are free", path.display())]
     NoSpace { path: PathBuf, needed_bytes: u64, reserve_bytes: u64, free_bytes: u64 },
     /// The disk is full, and nobody knows how much more would have come.

@@ -23,7 +23,7 @@ use super::{
     checksum::{Expected, Hasher, Midstate},
     failure::Failure,
     partial::{Kept, PartialNames, Proof},
-    room::check_reserve,
+    room::Reserve,
     source::Validator,
 };
 use crate::directory::Directory;
@@ -69,6 +69,7 @@ pub(super) struct Target<'a> {
     pub path: &'a Path,
     pub dir: &'a Directory,
     pub names: PartialNames,
+    pub reserve: Reserve,
 }
 
 /// Hash all pieces. Returns the state after the last one.
@@ -100,7 +101,7 @@ pub(super) fn write_pieces(
     for piece in pieces {
         match piece {
             Piece::Data(bytes) => {
-                check_reserve(target.dir)?;
+                target.reserve.check_kept(target.dir)?;
                 write_sparse(target.file, &bytes, position)
                     .map_err(|e| Error::io("write", target.path, e))?;
                 position += bytes.len() as u64;
@@ -178,7 +179,11 @@ mod tests {
             to_sync.send(SyncTask::Keep(mark)).unwrap();
             to_keep.send(Hasher::new(None).midstate()).unwrap();
             drop((to_sync, to_keep));
-            keep_synced(&tasks, &midstates, Target { file, path: dir.path(), dir: &held, names })
+            keep_synced(
+                &tasks,
+                &midstates,
+                Target { file, path: dir.path(), dir: &held, names, reserve: Reserve::default() },
+            )
         };
         keep(&good, 4096).unwrap();
         assert!(matches!(keep(&bad, 8192), Err(Error::Io { op: "sync", .. })));

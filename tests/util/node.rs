@@ -75,6 +75,8 @@ impl Node {
         words.extend(self.wrapper.clone());
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).args(self.serve_words());
+        // Whatever the machine has free.
+        command.env("BEDPLATE_IMAGE_RESERVE", "0");
         command.env("BEDPLATE_LOG", "info").env("LC_ALL", "C").env("NO_COLOR", "1");
         command.stdin(std::process::Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.process = Some(command.spawn().unwrap());

@@ -17,11 +17,16 @@ use crate::{
         arrival::{Spec, arrive},
         checksum::Hasher,
         partial::{Kept, PartialNames, Proof},
-        room::reserve_bytes,
+        room::Reserve,
         source::{Validator, file::FileSource},
         stop::Stop,
     },
 };
+
+/// With the reserve that nodes have.
+fn reserving() -> Settings {
+    Settings { reserve: Reserve::OfSize, ..settings() }
+}
 
 /// A file system of its own, unmounted at the end.
 struct SmallDisk {
@@ -82,7 +87,7 @@ fn ready(node: &Node) -> PathBuf {
 fn room_is_checked_before_the_first_byte() {
     let disk = SmallDisk::tmpfs("16m");
     let origin = Origin::file(&noise(20 << 20, 41));
-    let node = Node::over(disk.path(), settings());
+    let node = Node::over(disk.path(), reserving());
     let failed = failure(node.bring("a", &origin.url("/a")));
     assert_eq!(failed.code, FailureCode::NoSpace);
     assert!(failed.message.contains("are needed"), "{}", failed.message);
@@ -103,7 +108,7 @@ fn a_disk_that_fills_up_fails_the_job_keeps_what_was_synced_and_goes_on_when_the
         let answer = Answer::file(asked, &body, "\"v1\"");
         if asked.index == 0 { answer.cut(4 << 20) } else { answer }
     });
-    let node = Node::over(disk.path(), settings());
+    let node = Node::over(disk.path(), reserving());
     let failed = failure(node.bring("a", &origin.url("/a")));
     assert_eq!(failed.code, FailureCode::NoSpace);
     let kept = node.images.get("a").unwrap().allocated_bytes;
@@ -121,7 +126,7 @@ fn a_source_without_an_end_stops_before_the_disk_is_full_and_leaves_nothing() {
     let disk = SmallDisk::tmpfs("64m");
     let body = noise(100 << 20, 43);
     let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
-    let node = Node::over(disk.path(), settings());
+    let node = Node::over(disk.path(), reserving());
     let held = DiskDir::open(Uuid::nil(), disk.path()).unwrap();
     let before = held.free_bytes().unwrap();
     node.create("a", &origin.url("/a"), None).unwrap();
@@ -142,7 +147,7 @@ fn a_source_without_an_end_stops_before_the_disk_is_full_and_leaves_nothing() {
     assert_eq!(failed.code, FailureCode::NoSpace);
     assert!(failed.message.contains("does not say how many"), "{}", failed.message);
     // One piece, and what its record takes, may be written before it is seen.
-    assert!(least >= reserve_bytes(64 << 20) - (2 << 20), "{least} bytes were free at the least");
+    assert!(least >= Reserve::OfSize.bytes(64 << 20) - (2 << 20), "{least} bytes were free at the least");
     assert_eq!(node.images.get("a").unwrap().allocated_bytes, 0);
 }
 
@@ -151,7 +156,7 @@ fn what_a_crash_left_of_a_source_without_an_end_is_cleared_away_at_the_next_star
     let disk = SmallDisk::tmpfs("16m");
     let body = noise(20 << 20, 45);
     let origin = Origin::start(move |_| Answer::chunked(&body, "etag: \"v1\"\r\n", None));
-    let node = Node::over(disk.path(), settings());
+    let node = Node::over(disk.path(), reserving());
     assert_eq!(failure(node.bring("a", &origin.url("/a"))).code, FailureCode::NoSpace);
     // As it is between the record and the removal.
     std::fs::write(node.image_dir("a").join("partial.data"), noise(1 << 20, 46)).unwrap();
@@ -197,6 +202,7 @@ fn go_on(disk: &SmallDisk, source: &Path, position: u64, kept_of: &std::fs::Meta
         format: None,
         expected: None,
         size_max: u64::MAX,
+        reserve: Reserve::OfSize,
         sync_bytes: 1 << 20,
         sync_interval: PATIENCE,
         meter: Arc::default(),
@@ -284,7 +290,7 @@ fn a_verification_that_ends_early_says_so_and_changes_nothing_else() {
 #[test]
 fn verify_finds_what_the_page_cache_hides() {
     let disk = SmallDisk::on_file(&["mkfs.ext4", "-q", "-b", "4096"], 64 << 20);
-    let node = Node::over(disk.path(), settings());
+    let node = Node::over(disk.path(), reserving());
     let path = ready(&node);
     let content = std::fs::read(&path).unwrap();
     // The medium goes bad under the file system.
@@ -303,7 +309,7 @@ fn verify_finds_what_the_page_cache_hides() {
 #[test]
 fn a_clone_shares_its_blocks_where_the_file_system_can() {
     let disk = SmallDisk::on_file(&["mkfs.xfs", "-q", "-m", "reflink=1"], 400 << 20);
-    let node = Node::over(disk.path(), settings());
+    let node = Node::over(disk.path(), reserving());
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source");
     std::fs::write(&source, noise(24 << 20, 44)).unwrap();

@@ -19,14 +19,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bedplate_engine::device::BlockDevice;
+use bedplate_engine::{device::BlockDevice, units::ByteLen};
 use sha2::{Digest, Sha512};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 use super::*;
-use crate::prep::checksum::hex;
+use crate::prep::{checksum::hex, room::Reserve};
 
 /// Longer than anything here takes; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -78,6 +78,8 @@ pub fn settings() -> Settings {
             pause_min: Duration::from_millis(4),
             pause_max: Duration::from_millis(50),
         },
+        // Whatever the machine has free; the tests of the reserve ask for it.
+        reserve: Reserve::Fixed(ByteLen(0)),
         sync_bytes: 1 << 20,
         sync_interval: Duration::from_millis(200),
         deadline: PATIENCE,
