@@ -12,6 +12,7 @@ mod bench;
 mod block_device;
 mod cache;
 mod farm;
+mod full_disk;
 mod jobs;
 mod kill;
 mod lifecycle;
@@ -23,4 +24,5 @@ mod races;
 mod sources;
 mod trace;
 mod upload;
-mod util;
+
+use bedplate_testkit as util;

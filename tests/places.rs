@@ -4,13 +4,13 @@
 use std::{
     fs::{self, File},
     os::unix::fs::{PermissionsExt, symlink},
-    path::PathBuf,
 };
 
 use nix::sys::signal::Signal;
 
 use crate::util::{
     content::{MIB, pattern, read_at},
+    disk::{FileSystem, LoopDisk},
     node::Node,
 };
 
@@ -37,39 +37,10 @@ fn an_export_among_the_nodes_own_files_is_refused_also_through_links() {
     node.run("volume export v out.raw");
 }
 
-/// A file system on a loop device with sectors of 4 KiB, over the node's place for a disk.
-struct Disk4Kn {
-    dir: PathBuf,
-    device: String,
-}
-
-impl Disk4Kn {
-    fn mount(node: &Node) -> Disk4Kn {
-        node.sh("truncate -s 256M fs.img");
-        let device =
-            node.sh("losetup --find --show --sector-size 4096 --direct-io=on fs.img").trim().to_owned();
-        let disk = Disk4Kn { dir: node.path("disk"), device };
-        let (dir, device) = (disk.dir.display(), &disk.device);
-        node.sh(&format!("mkfs.ext4 -q -b 4096 {device}; mount {device} {dir}; chmod 700 {dir}"));
-        disk
-    }
-}
-
-impl Drop for Disk4Kn {
-    fn drop(&mut self) {
-        // What is not there any more need not go.
-        for (program, words) in
-            [("umount", ["-l", &self.dir.display().to_string()]), ("losetup", ["-d", &self.device])]
-        {
-            drop(std::process::Command::new(program).args(words).output());
-        }
-    }
-}
-
 #[test]
 fn a_disk_with_sectors_of_4_kib_takes_writes_of_512_bytes() {
     let mut node = Node::idle();
-    let disk = Disk4Kn::mount(&node);
+    let disk = LoopDisk::mount(&node, FileSystem::Ext4, 256, 4096);
     let name = disk.device.trim_start_matches("/dev/");
     assert_eq!(node.sh(&format!("cat /sys/block/{name}/queue/logical_block_size")).trim(), "4096");
     node.restart();

@@ -3,9 +3,10 @@
 //! Owns the directory, with a disk, a mount, a socket and a `scratch` for the test's own files, and the process. When
 //! it is dropped, also by a test that panics, nothing is left: what is mounted beneath the directory is unmounted, loop
 //! devices over files beneath it are detached, and the process is killed; should the test itself be killed, the kernel
-//! kills the node (`setpriv --pdeathsig`).
+//! kills the node (`setpriv --pdeathsig`). `BEDPLATE_KEEP=1` keeps the directory of a test that failed.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{Read, Write},
     os::unix::net::UnixStream,
@@ -23,7 +24,19 @@ use tempfile::TempDir;
 
 use super::run::{DEADLINE, Ended, Running, run, until};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_bedplate");
+/// The program under test: the one beside this one, as cargo puts it, unless `BEDPLATE_PROGRAM` names another.
+pub fn program() -> PathBuf {
+    if let Some(named) = std::env::var_os("BEDPLATE_PROGRAM") {
+        return PathBuf::from(named);
+    }
+    let own = std::env::current_exe().unwrap();
+    let beside = own.parent().expect("a program is in a directory");
+    // Tests are one directory deeper.
+    let beside = if beside.ends_with("deps") { beside.parent().expect("it ends with one") } else { beside };
+    let program = beside.join("bedplate");
+    assert!(program.exists(), "{} is not there: build the program first", program.display());
+    program
+}
 
 /// A directory with everything of one node, which runs or not.
 pub struct Node {
@@ -85,7 +98,7 @@ impl Node {
     /// `bedplate serve` with the places of this node.
     pub fn serve_words(&self) -> Vec<String> {
         let path = |name: &str| self.dir.path().join(name).display().to_string();
-        let mut words = vec![PROGRAM.to_owned(), "serve".to_owned()];
+        let mut words = vec![program().display().to_string(), "serve".to_owned()];
         for (flag, place) in
             [("--state", "state"), ("--disk", "disk"), ("--mount", "mount"), ("--socket", "socket")]
         {
@@ -175,11 +188,31 @@ impl Node {
         sum
     }
 
+    /// Every layer that is on the disk is in a record, and nothing has a temporary name.
+    pub fn assert_nothing_is_left_over(&self) {
+        let files = self.files_on_disk();
+        let temporary = |file: &&String| {
+            let name = file.rsplit('/').next().unwrap_or_default();
+            name.contains(".new") || name.contains("partial") || file.contains("/.") || name.contains(".tmp")
+        };
+        assert_eq!(files.iter().filter(temporary).collect::<Vec<_>>(), Vec::<&String>::new());
+        let records: Vec<String> = files
+            .iter()
+            .filter(|file| file.ends_with("/volume.json"))
+            .map(|file| fs::read_to_string(self.path("disk").join(file)).unwrap())
+            .collect();
+        let layers: BTreeSet<&str> =
+            files.iter().filter_map(|file| file.strip_prefix("layers/")?.split('/').next()).collect();
+        for layer in layers {
+            assert!(records.iter().any(|record| record.contains(layer)), "layer {layer} is in no record");
+        }
+    }
+
     // ---- the command line
 
     /// `bedplate` with these words.
     pub fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.args(line.split_whitespace()).env("BEDPLATE_SOCKET", self.path("socket"));
         command.current_dir(self.path("scratch"));
         command
@@ -255,7 +288,7 @@ impl Node {
         let mut command = Command::new("bash");
         command.args(["-euc", script]).current_dir(self.path("scratch"));
         command.env("V", self.path("mount/volumes")).env("I", self.path("mount/images"));
-        command.env("T", self.path("scratch")).env("D", self.path("disk")).env("B", PROGRAM);
+        command.env("T", self.path("scratch")).env("D", self.path("disk")).env("B", program());
         command.env("BEDPLATE_SOCKET", self.path("socket"));
         command
     }
@@ -300,6 +333,10 @@ impl Drop for Node {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("log of the node:\n{}", self.log());
+            if std::env::var_os("BEDPLATE_KEEP").is_some() {
+                eprintln!("its files are kept: {}", self.dir.path().display());
+                self.dir.disable_cleanup(true);
+            }
         }
         let mount = self.path("mount");
         // While the node still answers, so that file systems over its volumes come off cleanly.
