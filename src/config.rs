@@ -260,7 +260,8 @@ impl Settings {
         Settings::parse(&text, path)
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
+    /// The layer that `text` describes; `path` is named in errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Settings, ConfigError> {
         let syntax = |error: toml::de::Error| ConfigError::Syntax {
             path: path.to_owned(),
             message: one_line(text, &error),

@@ -88,7 +88,8 @@ impl Kept {
         kept
     }
 
-    fn parse(json: &[u8]) -> Option<Kept> {
+    /// What the bytes of a record say, if they can be trusted.
+    pub fn parse(json: &[u8]) -> Option<Kept> {
         let file: PartialFile = serde_json::from_slice(json).ok()?;
         let sound = file.format_version == PARTIAL_FORMAT_VERSION
             && file.check == file.kept.check()
@@ -118,7 +119,8 @@ impl Kept {
         dir.sync()
     }
 
-    fn to_json(&self) -> Vec<u8> {
+    /// The bytes of its record.
+    pub fn to_json(&self) -> Vec<u8> {
         let file =
             PartialFile { format_version: PARTIAL_FORMAT_VERSION, kept: self.clone(), check: self.check() };
         serde_json::to_vec_pretty(&file)

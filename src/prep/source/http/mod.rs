@@ -7,7 +7,7 @@
 //! begun when nothing new came for [`HttpSettings::stalled_max`]; it begins again at most [`RESTARTS_MAX`] times.
 
 mod request;
-mod response;
+pub mod response;
 
 use std::{
     hash::{BuildHasher, RandomState},

@@ -24,7 +24,7 @@ const DATE_STRONG_AFTER: Duration = Duration::from_secs(1);
 
 /// What the request asked for.
 #[derive(Clone, Debug)]
-pub(super) struct Asked<'a> {
+pub struct Asked<'a> {
     /// The first byte that is wanted; not 0 when a range was asked for.
     pub position: u64,
     pub total: Option<u64>,
@@ -35,14 +35,14 @@ pub(super) struct Asked<'a> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Checksum {
+pub enum Checksum {
     Given,
     NotGiven,
 }
 
 /// What an answer means.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Answer {
+pub enum Answer {
     /// The body is everything, from byte 0.
     Whole { total: Option<u64>, validator: Validator },
     /// The body begins at the byte that was asked for.
@@ -57,7 +57,8 @@ pub(super) enum Answer {
     Refused { reason: String },
 }
 
-pub(super) fn judge(status: StatusCode, headers: &HeaderMap, asked: &Asked<'_>) -> Answer {
+/// What this answer means.
+pub fn judge(status: StatusCode, headers: &HeaderMap, asked: &Asked<'_>) -> Answer {
     match status {
         StatusCode::OK => whole(headers, asked),
         StatusCode::PARTIAL_CONTENT => part(headers, asked),

@@ -1,8 +1,11 @@
-//! What every target does first: the input becomes a file.
+//! What the targets share: inputs as files, directories and maps.
 //!
-//! To run one, from this directory: `cargo +nightly fuzz run qcow2_read SEEDS -- -max_len=140000 -timeout=15`, where
-//! SEEDS is a directory of small images (those of `tests/corpus/qcow2` do). What it finds is frozen as a test of the
-//! engine.
+//! `run` builds and runs them; `engine/docs/testing.md` lists what reads bytes from outside, and which target or test
+//! covers each. What a target finds is frozen as a test of the crate that it was found in.
+
+pub mod map;
+pub mod node;
+pub mod tree;
 
 use std::{cell::RefCell, fs::File, os::unix::fs::FileExt};
 
