@@ -4,11 +4,12 @@
 //! executor may replace by something that copies less. What a device promises: invariants 0, 1 and 4 of
 //! `docs/design.md`.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use crate::{
     error::{Error, Result},
     exec::asynchronous::Asynchronous,
+    sync::{Condvar, Mutex},
     units::{ByteLen, ByteRange},
 };
 

@@ -11,5 +11,6 @@ pub mod exec;
 pub mod export;
 pub mod image;
 pub mod sparse;
+mod sync;
 pub mod units;
 pub mod volume;

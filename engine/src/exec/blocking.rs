@@ -1,13 +1,17 @@
 //! The blocking executor: a thread carries its own request's actions out, one after another, and waits in between.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use super::{
     carrier::{Carrier, Message, Planned, Reporter},
     executor::Shared,
     request::Buffers,
 };
-use crate::{cow::core::Op, error::Result};
+use crate::{
+    cow::core::Op,
+    error::Result,
+    sync::{Condvar, Mutex, MutexGuard},
+};
 
 /// Where the thread of an operation learns what to do.
 #[derive(Debug, Default)]

@@ -6,7 +6,7 @@
 //! short lock, never across I/O. Reads take no lock: they load the published [`View`] and follow it.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    sync::{Arc, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -34,6 +34,7 @@ use crate::{
         Access, BlockDevice, Complete, Durability, Extent, ExtentKind, Geometry, Reply, Request, check_length,
     },
     error::{Error, Result},
+    sync::{Condvar, Mutex, MutexGuard},
     units::{BlockRange, ByteRange},
 };
 

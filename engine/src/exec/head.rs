@@ -1,12 +1,15 @@
 //! The files of a head layer, and the actions on them that are whole procedures: staging and switching its map.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use super::{
     reserve::Reserve,
     storage::{Open, Storage, StorageFile},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    sync::Mutex,
+};
 
 /// A layer's open files.
 #[derive(Debug)]

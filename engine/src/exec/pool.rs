@@ -5,11 +5,16 @@
 //! most [`PER_VOLUME_MAX`] housekeeping actions exist at a time, and a worker's jobs belong to the requests that it has
 //! admitted.
 
-use std::{panic::AssertUnwindSafe, thread::JoinHandle};
+use std::panic::AssertUnwindSafe;
 
-use crossbeam::channel::{Sender, unbounded};
-
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    sync::{
+        Sender,
+        thread::{self, JoinHandle},
+        unbounded,
+    },
+};
 
 /// A running commit, a checkpoint and a mark.
 pub const PER_VOLUME_MAX: usize = 3;
@@ -41,7 +46,7 @@ impl Pool {
                     // A job that panics has a way to say so to whoever waits; the others need its thread.
                     jobs.iter().for_each(|job| drop(std::panic::catch_unwind(AssertUnwindSafe(job))));
                 };
-                std::thread::Builder::new().name(format!("{name}-{n}")).spawn(work)
+                thread::Builder::new().name(format!("{name}-{n}")).spawn(work)
             })
             .collect::<std::io::Result<_>>()
             .map_err(|e| Error::io("start", format!("thread {name}"), e))?;
@@ -60,7 +65,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.queue = None;
-        let me = std::thread::current().id();
+        let me = thread::current().id();
         for thread in self.threads.drain(..) {
             // The last owner may be a job of ours; that thread ends by itself.
             if thread.thread().id() != me {

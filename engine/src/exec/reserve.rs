@@ -2,13 +2,16 @@
 //!
 //! Owns [`Reserve`]: an allocated file. Once given up, writes are refused until the space could be taken again.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::{Arc, PoisonError};
 
 use super::storage::Storage;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 /// Bytes of the reserve on a large disk; a small one keeps 1/64 of itself.
 pub const RESERVE_LEN_MAX: u64 = 64 << 20;

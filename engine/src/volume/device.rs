@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, PoisonError, Weak},
     time::Duration,
 };
 
@@ -25,6 +25,7 @@ use crate::{
         view::View,
     },
     image::BaseImage,
+    sync::{Condvar, Mutex, MutexGuard},
     units::{ByteLen, ByteRange},
 };
 

@@ -15,7 +15,7 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -49,6 +49,7 @@ use crate::{
         view::View,
     },
     image::{BaseImage, BaseSource},
+    sync::{Mutex, MutexGuard},
     units::{BlockCount, ByteLen, ByteOffset},
 };
 

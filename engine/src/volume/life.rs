@@ -4,7 +4,7 @@
 //! comes, what is left to do after it is done again at the next start (invariant 6). Those that change a head run
 //! behind a barrier, while reads go on: sync early, stop admitting, wait, commit, make files, switch, admit again.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -31,6 +31,7 @@ use crate::{
         head::publish_map,
         view::View,
     },
+    sync::MutexGuard,
     units::{ByteLen, SECTOR_SIZE, VOLUME_SIZE_MAX},
 };
 

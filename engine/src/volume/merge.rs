@@ -39,6 +39,7 @@ use crate::{
     device::BlockDevice,
     error::{Error, Result},
     exec::{executor::Executor, storage::StorageFile, view::View},
+    sync::thread,
     units::{BLOCK_SIZE, Block, BlockCount, BlockRange},
 };
 
@@ -446,7 +447,7 @@ impl Disk {
                 *patience = Patience::Spent;
                 return false;
             }
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
     }
 }

@@ -7,7 +7,7 @@
 use std::{
     cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, PoisonError},
     thread::JoinHandle,
     time::Duration,
 };
@@ -19,6 +19,7 @@ use crate::{
     device::{BlockDevice, Complete, Durability, Reply, Request},
     error::{Error, Result},
     exec::pool::{Pool, ThreadStart},
+    sync::{Condvar, Mutex},
     units::ByteRange,
 };
 
@@ -449,5 +450,33 @@ mod tests {
         assert!(matches!(result, Err(Error::Closed)), "{result:?}");
         drop(workers);
         assert!(!answered_early.load(Ordering::SeqCst));
+    }
+}
+
+/// Run by `cargo test -p bedplate-engine --features shuttle --lib schedules`, see [`crate::sync`].
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules {
+    use super::*;
+
+    #[test]
+    fn whoever_waits_for_a_place_gets_the_one_that_is_given_back() {
+        let test = || {
+            let gate: Arc<Gate> = Arc::default();
+            let taken: Vec<Place> =
+                (2..SUBMITTED_MAX).map(|_| gate.enter().expect("there is room")).collect();
+            // Four for two places, which waits without end if a place that was given back is not told of.
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let gate = gate.clone();
+                    shuttle::thread::spawn(move || drop(gate.enter().expect("a place comes free")))
+                })
+                .collect();
+            for thread in threads {
+                thread.join().expect("no panic");
+            }
+            drop(taken);
+            assert_eq!(*gate.taken.lock().unwrap_or_else(PoisonError::into_inner), 0);
+        };
+        shuttle::check_random(test, 2000);
     }
 }

@@ -3,17 +3,17 @@
 //! Owns [`Post`], a worker's inbox, and [`Handle`], what others see of it. What is put into the inbox is bounded by what
 //! the worker has asked for: the ends of its threads' jobs, the actions and ends of its operations.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering, fence},
-};
+use std::sync::Arc;
 
-use crossbeam::queue::SegQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::{
     error::{Error, Result},
     exec::carrier::{ChangeId, Message},
+    sync::{
+        SegQueue,
+        atomic::{AtomicBool, Ordering, fence},
+    },
 };
 
 /// What a worker is told by other threads.
@@ -124,5 +124,80 @@ impl Handle {
 
     pub(super) fn post(&self) -> &Arc<Post> {
         &self.post
+    }
+}
+
+/// Run by `cargo test -p bedplate-engine --features shuttle --lib schedules`, see [`crate::sync`].
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules {
+    use std::os::fd::AsFd;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use shuttle::{Config, MaxSteps, Runner, scheduler::RandomScheduler, thread};
+
+    use super::*;
+
+    const SCHEDULES: usize = 5000;
+    /// A worker that sleeps for ever takes more.
+    const STEPS_MAX: usize = 20_000;
+    const SENDERS: u32 = 3;
+
+    /// What [`Worker::run`](super::super::Worker::run) does with its post, and the ring with its event.
+    fn work(post: &Post, handed_in: &SegQueue<u32>) -> (u32, u32) {
+        let (mut letters, mut requests) = (0, 0);
+        loop {
+            while post.next().is_some() {
+                letters += 1;
+            }
+            if post.take_woken() {
+                while handed_in.pop().is_some() {
+                    requests += 1;
+                }
+            }
+            if post.is_stopping() && letters == SENDERS && requests == SENDERS {
+                return (letters, requests);
+            }
+            if post.may_sleep() {
+                while !is_readable(post.event()) {
+                    thread::yield_now();
+                }
+                post.awake();
+                let _ = post.event().read();
+            }
+        }
+    }
+
+    fn is_readable(event: &EventFd) -> bool {
+        let mut watched = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
+        poll(&mut watched, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    #[test]
+    fn a_worker_that_sleeps_is_woken_by_whatever_comes() {
+        let mut config = Config::new();
+        config.max_steps = MaxSteps::FailAfter(STEPS_MAX);
+        Runner::new(RandomScheduler::new(SCHEDULES), config).run(|| {
+            let handle = Handle::new().expect("a descriptor more");
+            let handed_in = Arc::new(SegQueue::new());
+            let worker = thread::spawn({
+                let (handle, handed_in) = (handle.clone(), handed_in.clone());
+                move || work(handle.post(), &handed_in)
+            });
+            let senders: Vec<_> = (0..SENDERS)
+                .map(|flight| {
+                    let (handle, handed_in) = (handle.clone(), handed_in.clone());
+                    thread::spawn(move || {
+                        handle.post().send(Letter::Landed { flight, result: Ok(()) });
+                        handed_in.push(flight);
+                        handle.wake();
+                    })
+                })
+                .collect();
+            for sender in senders {
+                sender.join().expect("no panic");
+            }
+            handle.stop();
+            assert_eq!(worker.join().expect("no panic"), (SENDERS, SENDERS));
+        });
     }
 }

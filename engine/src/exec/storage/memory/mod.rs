@@ -14,12 +14,15 @@ mod open;
 use std::{
     collections::HashSet,
     fmt, io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, PoisonError},
 };
 
 use self::names::Names;
 use super::{EntryKind, Storage};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    sync::{Mutex, MutexGuard},
+};
 
 /// Bytes of the medium unless [`MemoryStorage::limit`] says less.
 const CAPACITY: u64 = 1 << 40;

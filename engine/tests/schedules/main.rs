@@ -1,0 +1,9 @@
+//! What ships, in orders of threads that a scheduler chooses: every lock is a place where it may go on with another.
+//!
+//! `cargo test -p bedplate-engine --features shuttle --test schedules`. `SCHEDULES` is how many orders each test tries;
+//! one that fails prints its order, which `SCHEDULE` replays. The medium is the simulated one; the volume, its core, its
+//! executor, its merges are those that serve.
+
+mod clients;
+mod readers;
+mod setting;
