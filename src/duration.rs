@@ -2,14 +2,23 @@
 
 use std::time::Duration;
 
+/// The longest time that there is: a hundred years. So whatever is reckoned with one stays within what clocks can say.
+pub const DURATION_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
 /// The error says what would be right.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let hint = || format!("{text:?} is not a time; write 30s, 5m or 2h");
-    if let Ok(seconds) = text.parse() {
-        return Ok(Duration::from_secs(seconds));
+    let duration = match text.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => {
+            let span: jiff::SignedDuration = text.parse().map_err(|_| hint())?;
+            Duration::try_from(span).map_err(|_| hint())?
+        }
+    };
+    if duration > DURATION_MAX {
+        return Err(format!("{text:?} is longer than a hundred years (DURATION_MAX)"));
     }
-    let span: jiff::SignedDuration = text.parse().map_err(|_| hint())?;
-    Duration::try_from(span).map_err(|_| hint())
+    Ok(duration)
 }
 
 /// As [`parse_duration`] reads it.
@@ -32,6 +41,14 @@ mod tests {
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         for bad in ["", "-5s", "soon", "5 parsecs"] {
             assert!(parse_duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_no_clock_could_count_to_is_refused() {
+        assert_eq!(parse_duration("3153600000"), Ok(DURATION_MAX));
+        for endless in ["3153600001", "9223372036854775807", "18446744073709551615", "876001h"] {
+            assert!(parse_duration(endless).is_err_and(|why| why.contains("DURATION_MAX")), "{endless}");
         }
     }
 

@@ -34,6 +34,7 @@ pub struct Asked<'a> {
     pub checksum: Checksum,
 }
 
+/// Whether there is something that the whole will be compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checksum {
     Given,
