@@ -30,6 +30,9 @@ impl World {
         if self.volumes[n].life != Life::None || self.volumes[n].sim.core().failed().is_some() {
             return Ok(());
         }
+        if !self.snapshots.is_empty() && self.seed.one_in(4) {
+            self.forget_snapshot();
+        }
         let choice = self.seed.below(4);
         let stack = self.volumes[n].stack.clone();
         let top = stack.frozen.last().copied();
@@ -48,6 +51,13 @@ impl World {
                 Ok(())
             }
         }
+    }
+
+    /// Without its snapshots a layer can be merged.
+    fn forget_snapshot(&mut self) {
+        let n = self.seed.index(self.snapshots.len());
+        self.snapshots.swap_remove(n);
+        self.note(|| format!("snapshot {n} is forgotten"));
     }
 
     fn close(&mut self, n: usize, switch: Switch) -> Result<(), String> {
