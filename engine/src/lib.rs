@@ -10,6 +10,7 @@ pub mod error;
 pub mod exec;
 pub mod export;
 pub mod image;
+pub mod planted;
 pub mod sparse;
 mod sync;
 pub mod units;

@@ -12,8 +12,8 @@ use crate::units::{Block, BlockRange};
 /// Who owns which blocks, and who waits for some.
 #[derive(Debug, Default)]
 pub struct Ownership {
-    /// Disjoint ranges by their start.
-    owned: BTreeMap<Block, (BlockRange, OpId)>,
+    /// Disjoint ranges by their start and owner.
+    owned: BTreeMap<(Block, OpId), BlockRange>,
     waiting: VecDeque<(BlockRange, OpId)>,
 }
 
@@ -29,21 +29,21 @@ impl Ownership {
             self.waiting.push_back((range, op));
             return false;
         }
-        self.owned.insert(range.start, (range, op));
+        self.owned.insert((range.start, op), range);
         true
     }
 
     /// Give back what `op` took with the range that starts at `start`; returns who owns its range now.
     pub fn release(&mut self, op: OpId, start: Block) -> Vec<OpId> {
-        let released = self.owned.remove(&start);
-        debug_assert!(released.is_some_and(|(_, owner)| owner == op), "{op:?} owned nothing at {start:?}");
+        let released = self.owned.remove(&(start, op));
+        debug_assert!(released.is_some(), "{op:?} owned nothing at {start:?}");
         let mut granted = Vec::new();
         let mut still: VecDeque<(BlockRange, OpId)> = VecDeque::with_capacity(self.waiting.len());
         for (range, waiter) in std::mem::take(&mut self.waiting) {
             if self.is_owned(range) || still.iter().any(|(other, _)| other.overlaps(range)) {
                 still.push_back((range, waiter));
             } else {
-                self.owned.insert(range.start, (range, waiter));
+                self.owned.insert((range.start, waiter), range);
                 granted.push(waiter);
             }
         }
@@ -52,7 +52,20 @@ impl Ownership {
     }
 
     fn is_owned(&self, range: BlockRange) -> bool {
-        self.owned.range(..range.end()).next_back().is_some_and(|(_, (other, _))| other.overlaps(range))
+        let last = self.owned.range(..(range.end(), OpId(0))).next_back();
+        last.is_some_and(|(_, other)| other.overlaps(range))
+    }
+}
+
+#[cfg(feature = "planted")]
+impl Ownership {
+    pub fn owns(&self, op: OpId, start: Block) -> bool {
+        self.owned.contains_key(&(start, op))
+    }
+
+    /// Take `range`, which one other owns in part or whole and that begins where its range does.
+    pub fn share(&mut self, op: OpId, range: BlockRange) {
+        self.owned.insert((range.start, op), range);
     }
 }
 

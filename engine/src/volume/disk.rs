@@ -49,6 +49,7 @@ use crate::{
         view::View,
     },
     image::{BaseImage, BaseSource},
+    planted::{self, Bug},
     sync::{Mutex, MutexGuard},
     units::{BlockCount, ByteLen, ByteOffset},
 };
@@ -491,7 +492,9 @@ impl Disk {
         }
         tree.forget_unused();
         let records = tree.records();
-        let listed = records.iter().flat_map(|record| record.layers.iter().map(|layer| layer.uuid));
+        let counted = if planted::is(Bug::OverlookedReference) { 1 } else { records.len() };
+        let listed =
+            records.iter().take(counted).flat_map(|record| record.layers.iter().map(|layer| layer.uuid));
         let used: HashSet<Uuid> = listed.chain(tree.pending.iter().copied()).collect();
         let layers = names.into_iter().filter(|(_, kind)| *kind == EntryKind::Directory);
         let unused =

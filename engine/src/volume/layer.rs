@@ -17,6 +17,7 @@ use crate::{
         head::{data_path, failed_path, map_path, publish_map, staged_path, write_map},
         storage::{Open, Storage, StorageFile},
     },
+    planted::{self, Bug},
     units::{BlockCount, BlockRange, ByteOffset, to_usize},
 };
 
@@ -85,7 +86,9 @@ pub fn inspect(storage: &dyn Storage, layer: Uuid) -> Result<Layer> {
 fn load(storage: &dyn Storage, layer: Uuid, map: Open, data: Open) -> Result<Layer> {
     let dir = dir(layer);
     let map = storage.open(&map_path(&dir), map)?;
-    map.drop_cache()?;
+    if !planted::is(Bug::MapFromPageCache) {
+        map.drop_cache()?;
+    }
     // The medium works while what has come is decoded.
     map.read_ahead();
     let corrupt = |what, at: u64| Error::Corrupt { path: map.path().to_owned(), what, at: ByteOffset(at) };

@@ -39,6 +39,7 @@ use crate::{
     device::BlockDevice,
     error::{Error, Result},
     exec::{executor::Executor, storage::StorageFile, view::View},
+    planted::{self, Bug},
     sync::thread,
     units::{BLOCK_SIZE, Block, BlockCount, BlockRange},
 };
@@ -296,7 +297,9 @@ impl Disk {
 
     /// Make what came up into a frozen layer durable, data first.
     pub(super) fn replace_map(&self, upper: &mut Layer) -> Result<()> {
-        upper.data.sync()?;
+        if !planted::is(Bug::MergeMapBeforeData) {
+            upper.data.sync()?;
+        }
         let rewrite =
             || layer::rewrite_map(&*self.storage, upper.uuid, &upper.log, &upper.index, LogLen::Sealed);
         upper.log = self.with_reserve(rewrite)?;
@@ -359,7 +362,9 @@ impl Disk {
     fn finish_merge(&self, candidate: Candidate) -> Result<()> {
         let over: Vec<Arc<Volume>> = self.volumes_over(candidate.layer);
         for volume in &over {
-            if let Backend::Live(executor) = &volume.backend {
+            if let Backend::Live(executor) = &volume.backend
+                && !planted::is(Bug::MergeSwitchBeforeFlush)
+            {
                 executor.flush()?;
             }
         }
@@ -418,7 +423,8 @@ impl Disk {
         if self.tree().volumes.values().any(frozen_in_time) {
             return false;
         }
-        executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views(layers)
+        planted::is(Bug::PunchBeforeReaders)
+            || executors.iter().all(|executor| executor.no_old_readers()) && self.tree().no_views(layers)
     }
 
     /// What indexes call these layers; one that is not open nobody reads.
@@ -489,7 +495,7 @@ fn merge_batch(lower: &Layer, upper: &Layer, batch: BlockRange) -> Result<bool> 
     let absent: Vec<BlockRange> = upper
         .index
         .runs(batch)
-        .filter(|(_, state)| *state == BlockState::Absent)
+        .filter(|(_, state)| *state == BlockState::Absent || planted::is(Bug::MergeOlderWins))
         .map(|(run, _)| run)
         .collect();
     let mut copied = false;

@@ -18,6 +18,7 @@ use crate::{
     },
     device::Durability,
     error::{Error, Result},
+    planted::{self, Bug},
     units::{BLOCK_SIZE, Block, BlockCount, BlockRange, ByteLen, ByteOffset, ByteRange},
 };
 use std::sync::Arc;
@@ -43,6 +44,16 @@ pub(super) struct Change {
 impl Change {
     pub(super) fn blocks(&self) -> BlockRange {
         self.blocks
+    }
+
+    #[cfg(feature = "planted")]
+    pub(super) fn op(&self) -> Op {
+        self.op
+    }
+
+    #[cfg(feature = "planted")]
+    pub(super) fn own(&mut self, blocks: BlockRange) {
+        self.blocks = blocks;
     }
 }
 
@@ -149,7 +160,7 @@ impl Core {
             error: None,
         };
         self.ops.insert(id, OpState::Change(change));
-        if blocks.is_empty() || self.ownership.acquire(id, blocks) {
+        if blocks.is_empty() || self.trespasses(id) || self.ownership.acquire(id, blocks) {
             self.decide(id, step);
         }
     }
@@ -219,7 +230,9 @@ impl Core {
         let punch = self.index.head.runs(body).any(|(_, state)| state == BlockState::Data);
         let Some(OpState::Change(change)) = self.ops.get_mut(&id) else { return };
         if !body.is_empty() && !untouched {
-            change.lands.push((body, BlockState::Zero));
+            if !planted::is(Bug::ZeroMarkForgotten) {
+                change.lands.push((body, BlockState::Zero));
+            }
             change.punch = punch.then_some(body);
         }
     }
@@ -246,7 +259,9 @@ impl Core {
                 (Value::Data(_) | Value::Zero(_) | Value::Lost(_) | Value::Absent, _) => {}
             }
         }
-        if let Some(OpState::Change(change)) = self.ops.get_mut(&id) {
+        if let Some(OpState::Change(change)) = self.ops.get_mut(&id)
+            && !planted::is(Bug::CopiedZeroForgotten)
+        {
             change.lands.extend(zero.into_iter().map(|run| (run, BlockState::Zero)));
         }
         if !segments.is_empty() {
@@ -259,7 +274,8 @@ impl Core {
     fn edge(&mut self, id: OpId, edge: Edge, client: ByteRange, step: &mut Step) {
         let block = client.start.block();
         let whole = block_range(block).bytes();
-        let in_place = self.index.head.state(block) == BlockState::Data;
+        let fills = planted::is(Bug::FillBeyondClient);
+        let in_place = self.index.head.state(block) == BlockState::Data && !fills;
         let (range, lands) = if in_place {
             (align_out(client, self.write_align), None)
         } else {
@@ -271,8 +287,9 @@ impl Core {
         // Bytes of the last block past the end of the volume are nobody's; they are kept as zeros.
         let inside =
             whole.intersect(ByteRange { start: ByteOffset(0), len: self.index.size }).unwrap_or(client);
+        let plan = if fills { self.index.plan_below(inside) } else { self.index.plan(inside) };
         let segments: Vec<Segment> =
-            self.index.plan(inside).into_iter().filter(|segment| segment.place != Place::Zero).collect();
+            plan.into_iter().filter(|segment| segment.place != Place::Zero).collect();
         let then = Pending::EdgeRead { edge, range, client, lands };
         if segments.is_empty() {
             self.write_edge(id, then, step);
@@ -362,11 +379,16 @@ impl Core {
         for (blocks, state) in std::mem::take(&mut change.lands) {
             if !copied_in_part {
                 self.index.head.set(blocks, state);
-                self.landed.set(blocks, state);
+                if state != BlockState::Zero || !planted::is(Bug::ZeroMarkUnrecorded) {
+                    self.landed.set(blocks, state);
+                }
             }
         }
         if let Some(blocks) = change.punch.take() {
-            return self.act_for(id, Pending::Punched, ActionKind::Punch { blocks }, step);
+            self.act_for(id, Pending::Punched, ActionKind::Punch { blocks }, step);
+            if !planted::is(Bug::LatePunch) {
+                return;
+            }
         }
         self.end_change(id, step);
     }
@@ -390,7 +412,7 @@ impl Core {
         match (change.error, self.failed()) {
             (Some(error), _) => step.finished.push((id, Err(error))),
             (None, Some(_)) => step.finished.push((id, Err(self.failure()))),
-            (None, None) if fua => self.wait_for_commit(id),
+            (None, None) if fua && !planted::is(Bug::FuaIgnored) => self.wait_for_commit(id),
             (None, None) => step.finished.push((id, Ok(()))),
         }
         for next in granted {

@@ -20,6 +20,7 @@ use crate::{
         },
     },
     error::Result,
+    planted::{self, Bug},
 };
 
 /// Bytes of a log in which every change finds room when nothing else is in it: a short one grows at its checkpoint.
@@ -132,11 +133,10 @@ impl Core {
         }
         // A change of several parts may land after a commit that has synced those which were written by then.
         let sync_data = std::mem::take(&mut self.data_dirty) || cut.any(BlockState::Data);
-        let owner = waiters.first().copied();
         let rewritten = std::mem::take(&mut self.rewritten);
         self.commit = Commit::Running { stage: Stage::Data, cut, rewritten, waiters, end: self.log };
-        if sync_data {
-            self.act(step, owner, Pending::Commit, ActionKind::SyncData);
+        if sync_data && !planted::is(Bug::RecordBeforeData) {
+            self.sync_data(step);
         } else {
             self.data_synced(step);
         }
@@ -157,6 +157,8 @@ impl Core {
                 self.fail(step, &error, waiters);
                 self.commit = Commit::Idle;
             }
+            (Ok(_), Stage::Append) if planted::is(Bug::RecordBeforeData) => self.sync_data(step),
+            (Ok(_), Stage::Data) if planted::is(Bug::RecordBeforeData) => self.sync_map(Stage::Map, step),
             (Ok(_), Stage::Data) => self.data_synced(step),
             (Ok(_), Stage::Clear) => {
                 self.log.torn = 0;
@@ -174,7 +176,19 @@ impl Core {
         }
     }
 
+    fn sync_data(&mut self, step: &mut Step) {
+        let Commit::Running { stage, waiters, .. } = &mut self.commit else { return };
+        *stage = Stage::Data;
+        let owner = waiters.first().copied();
+        self.act(step, owner, Pending::Commit, ActionKind::SyncData);
+    }
+
     fn data_synced(&mut self, step: &mut Step) {
+        if planted::is(Bug::CutAfterSync)
+            && let Commit::Running { cut, .. } = &mut self.commit
+        {
+            std::mem::take(&mut self.landed).iter().for_each(|(run, state)| cut.set(run, state));
+        }
         if self.log.torn > 0 {
             self.clear(step);
         } else if self.map_dirty {

@@ -17,6 +17,7 @@
 mod change;
 mod commit;
 mod failure;
+mod trespass;
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -38,6 +39,7 @@ use super::{
 use crate::{
     device::Durability,
     error::{Error, Result},
+    planted::{self, Bug},
     units::{Block, BlockRange, ByteOffset, ByteRange},
 };
 
@@ -457,7 +459,10 @@ impl Core {
 
     fn wait_for_commit(&mut self, op: OpId) {
         self.ops.insert(op, OpState::Committing);
-        self.waiters.push(op);
+        match &mut self.commit {
+            Commit::Running { waiters, .. } if planted::is(Bug::JoinedCommit) => waiters.push(op),
+            Commit::Running { .. } | Commit::Idle => self.waiters.push(op),
+        }
     }
 
     /// Do whatever can be done now, until nothing can.

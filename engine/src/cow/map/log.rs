@@ -8,6 +8,7 @@ use super::{Fields, checkpoint::Header, checksum, seal};
 use crate::{
     cow::{BlockState, blocks::BlockSet, changes::Changes, head::HeadIndex},
     error::Corruption,
+    planted::{self, Bug},
     units::{Block, BlockCount, BlockRange, to_usize},
 };
 
@@ -224,7 +225,7 @@ pub fn replay(header: &Header, log: &[u8], index: &HeadIndex, lost: Vec<BlockRan
         Found::Unused => torn,
         Found::Intact(_) | Found::Damaged => n,
     });
-    let damage = damage_in(rest, &end);
+    let damage = damage_in(rest, &end).filter(|_| !planted::is(Bug::DamageAsTornTail));
     let lost = if damage.is_some() {
         stated = BlockSet::default();
         for (run, state) in stated_after_damage(rest, &end) {

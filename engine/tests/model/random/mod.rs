@@ -463,7 +463,8 @@ fn brief(action: &bedplate_engine::cow::core::Action) -> String {
     text
 }
 
-fn run(number: u64, trace: bool) -> u64 {
+/// The history of one seed: its crashes and kills, or what went wrong.
+pub fn history(number: u64, trace: bool) -> Result<u64, String> {
     let mut world = World::new(number, trace);
     let result = (|| {
         for _ in 0..STEPS {
@@ -472,11 +473,14 @@ fn run(number: u64, trace: bool) -> u64 {
         world.drain()?;
         world.restart(false)
     })();
-    if let Err(error) = result {
-        let history = world.trace.take().unwrap_or_default().join("\n");
-        panic!("BEDPLATE_SEED={number} ({:?}): {error}\n{history}", world.faults);
-    }
-    world.crashes
+    result.map(|()| world.crashes).map_err(|error| {
+        let steps = world.trace.take().unwrap_or_default().join("\n");
+        format!("BEDPLATE_SEED={number} ({:?}): {error}\n{steps}", world.faults)
+    })
+}
+
+fn run(number: u64, trace: bool) -> u64 {
+    history(number, trace).unwrap_or_else(|error| panic!("{error}"))
 }
 
 #[test]
