@@ -18,7 +18,7 @@ use bedplate_engine::{
 
 use crate::{
     cells::{CELL, Cells, ChangeId, Content, image_value},
-    crashes::each_crash,
+    crashes::{Reach, Tally, each_crash},
     disk::{self, Stack},
     setting,
 };
@@ -210,18 +210,18 @@ impl Step {
 }
 
 /// Outcomes of one crash point, by the length of the workload.
-fn outcomes_max(len: usize) -> usize {
-    match len {
+fn reach(len: usize) -> Reach {
+    Reach::of(match len {
         0 | 1 => 4096,
         2 => 256,
         _ => 12,
-    }
+    })
 }
 
-fn run_workload(before: Before, write_align: u64, workload: &[Step], seed: &mut Seed) -> (u64, u64) {
+fn run_workload(before: Before, write_align: u64, workload: &[Step], seed: &mut Seed) -> Tally {
     let mut bench = Bench::new(before, write_align);
-    let (mut points, mut crashes) = (0, 0);
-    let most = outcomes_max(workload.len());
+    let mut tally = Tally::of_workload();
+    let reach = reach(workload.len());
     for (n, step) in workload.iter().enumerate() {
         let (op, content) = step.op();
         let mut flight = bench.submit(op, content);
@@ -229,25 +229,25 @@ fn run_workload(before: Before, write_align: u64, workload: &[Step], seed: &mut 
         let last = n + 1 == workload.len();
         bench.finish(&mut flight, |bench| {
             if last {
-                points += 1;
-                let what = format!("{before:?} {write_align} {workload:?} cut at point {points}");
-                crashes += each_crash(&bench.storage, most, seed, |left| bench.check_crashed(left, &what));
+                let point = tally.points;
+                let what = format!("{before:?} {write_align} {workload:?} cut at point {point}");
+                tally += each_crash(&bench.storage, reach, seed, |left| bench.check_crashed(left, &what));
             }
         });
     }
     let what = format!("{before:?} {write_align} {workload:?} cut at the end");
-    crashes += each_crash(&bench.storage, most, seed, |left| bench.check_crashed(left, &what));
+    tally += each_crash(&bench.storage, reach, seed, |left| bench.check_crashed(left, &what));
     let bytes = disk::content(bench.sim.view()).expect("no faults");
     let now = bench.model.now();
     bench.model.check_read(ByteRange::new(0, SIZE), &bytes, now).unwrap_or_else(|e| panic!("{what}: {e}"));
-    (points + 1, crashes)
+    tally
 }
 
 #[test]
 fn every_short_workload_cut_at_every_action_leaves_what_was_flushed_or_came_later() {
     let depth = setting("BEDPLATE_DEPTH", 3);
     let mut seed = Seed(7);
-    let (mut workloads, mut points, mut crashes) = (0u64, 0, 0);
+    let mut tally = Tally::default();
     let mut level: Vec<Vec<Step>> = vec![Vec::new()];
     for _ in 0..depth {
         level = level
@@ -257,13 +257,10 @@ fn every_short_workload_cut_at_every_action_leaves_what_was_flushed_or_came_late
         for before in [Before::Absent, Before::Data, Before::Zero, Before::Frozen] {
             for write_align in [512, 4096] {
                 for workload in &level {
-                    let (more_points, more) = run_workload(before, write_align, workload, &mut seed);
-                    workloads += 1;
-                    points += more_points;
-                    crashes += more;
+                    tally += run_workload(before, write_align, workload, &mut seed);
                 }
+                println!("up to {before:?} at {write_align}: {tally}");
             }
         }
     }
-    println!("{workloads} workloads, {points} crash points, {crashes} media after a crash");
 }

@@ -36,7 +36,7 @@ use uuid::Uuid;
 
 use crate::{
     cells::{CELL, Cells, Content, image_value},
-    crashes::each_crash,
+    crashes::{Reach, Tally, each_crash},
     disk::Image,
     setting,
 };
@@ -404,17 +404,17 @@ fn check_crashed(left: MemoryStorage, catalogs: &[Catalog], seed: &mut Seed, wha
 }
 
 /// Outcomes of one cut, by the length of the workload.
-fn outcomes_max(len: usize) -> usize {
-    match len {
+fn reach(len: usize) -> Reach {
+    Reach::of(match len {
         0 | 1 => 16,
         2 => 2,
         _ => 1,
-    }
+    })
 }
 
-fn run_workload(before: Before, workload: &[Step], seed: &mut Seed) -> (u64, u64) {
+fn run_workload(before: Before, workload: &[Step], seed: &mut Seed) -> Tally {
     let mut run = Run::new(before);
-    let Some((last, first)) = workload.split_last() else { return (0, 0) };
+    let Some((last, first)) = workload.split_last() else { return Tally::default() };
     for step in first {
         run.step(*step);
     }
@@ -422,7 +422,8 @@ fn run_workload(before: Before, workload: &[Step], seed: &mut Seed) -> (u64, u64
     let mut catalogs = run.step(*last);
     let cuts = run.storage.take_cuts();
     let every = setting("BEDPLATE_LIFE_CUTS", 3);
-    let (points, mut crashes) = (cuts.len(), 0);
+    let points = cuts.len();
+    let mut tally = Tally::of_workload();
     for (n, cut) in cuts.into_iter().enumerate() {
         let ended = n + 1 == points;
         if ended {
@@ -432,18 +433,18 @@ fn run_workload(before: Before, workload: &[Step], seed: &mut Seed) -> (u64, u64
         }
         let what = format!("{before:?} {workload:?} cut at {n} of {points}");
         let mut after = Seed(seed.number());
-        crashes += each_crash(&cut, outcomes_max(workload.len()), seed, |left| {
+        tally += each_crash(&cut, reach(workload.len()), seed, |left| {
             check_crashed(left, &catalogs, &mut after, &what);
         });
     }
-    (points as u64, crashes)
+    tally
 }
 
 #[test]
 fn every_short_life_cut_at_every_call_is_before_or_after_and_leaves_nothing_behind() {
     let depth = setting("BEDPLATE_LIFE_DEPTH", 2);
     let mut seed = Seed(11);
-    let (mut workloads, mut points, mut crashes) = (0u64, 0, 0);
+    let mut tally = Tally::default();
     let mut level: Vec<Vec<Step>> = vec![Vec::new()];
     for _ in 0..depth {
         level = level
@@ -452,14 +453,11 @@ fn every_short_life_cut_at_every_call_is_before_or_after_and_leaves_nothing_behi
             .collect();
         for before in [Before::New, Before::OneSnapshot, Before::Snapshots, Before::SmallOverLarge] {
             for workload in &level {
-                let (more_points, more) = run_workload(before, workload, &mut seed);
-                workloads += 1;
-                points += more_points;
-                crashes += more;
+                tally += run_workload(before, workload, &mut seed);
             }
+            println!("up to {before:?}: {tally}");
         }
     }
-    println!("{workloads} workloads, {points} cuts, {crashes} media after a crash");
 }
 
 /// What a disk shows after an operation failed, and what a crash then leaves: before or after, and open.

@@ -9,6 +9,7 @@
 //!
 //! `BEDPLATE_SEED` runs one seed, `BEDPLATE_SEEDS` a number of them. `BEDPLATE_DEPTH` and `BEDPLATE_LIFE_DEPTH` set the
 //! length of enumerated workloads, `BEDPLATE_LIFE_CUTS=1` cuts the longer lives at every call instead of one in three,
+//! `BEDPLATE_SUBSETS=1` tries every subset of up to 12 unsynced effects at each cut, and 4096 samples of more;
 //! `BEDPLATE_SCHEDULES` bounds the interleavings of a pair. By default all of it takes about two minutes of one core.
 
 mod cells;
