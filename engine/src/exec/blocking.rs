@@ -5,11 +5,12 @@ use std::sync::{Arc, PoisonError};
 use super::{
     carrier::{Carrier, Message, Planned, Reporter},
     executor::Shared,
+    pool::Pool,
     request::Buffers,
 };
 use crate::{
     cow::core::Op,
-    error::Result,
+    error::{Error, Result},
     sync::{Condvar, Mutex, MutexGuard},
 };
 
@@ -26,6 +27,13 @@ struct Messages {
     result: Option<Result<()>>,
 }
 
+impl Messages {
+    fn next(&mut self) -> Option<Message> {
+        let action = self.actions.pop().map(Message::Do);
+        action.or_else(|| self.result.take().map(Message::Done))
+    }
+}
+
 impl Mailbox {
     fn lock(&self) -> MutexGuard<'_, Messages> {
         self.messages.lock().unwrap_or_else(PoisonError::into_inner)
@@ -40,17 +48,32 @@ impl Mailbox {
     }
 
     /// The next thing to do; the result only after the last action.
-    fn take(&self) -> Message {
-        let mut messages = self.lock();
-        loop {
-            if let Some(action) = messages.actions.pop() {
-                return Message::Do(action);
+    fn take(&self, pool: &Pool) -> Message {
+        match pool.turns() {
+            None => {
+                let mut messages = self.lock();
+                loop {
+                    match messages.next() {
+                        Some(message) => return message,
+                        None => {
+                            messages = self.arrived.wait(messages).unwrap_or_else(PoisonError::into_inner);
+                        }
+                    }
+                }
             }
-            if let Some(result) = messages.result.take() {
-                return Message::Done(result);
-            }
-            messages = self.arrived.wait(messages).unwrap_or_else(PoisonError::into_inner);
+            Some(turns) => loop {
+                match self.poll() {
+                    Some(message) => return message,
+                    None if turns.next() => {}
+                    None => return Message::Done(Err(Error::Closed)),
+                }
+            },
         }
+    }
+
+    /// The same, if there is anything.
+    pub fn poll(&self) -> Option<Message> {
+        self.lock().next()
     }
 }
 
@@ -60,7 +83,7 @@ impl Shared {
         let mailbox = Arc::new(Mailbox::default());
         self.submit(op, Carrier::Thread(mailbox.clone()), &mut Reporter::Thread)?;
         loop {
-            match mailbox.take() {
+            match mailbox.take(self.housekeeper()) {
                 Message::Done(result) => return result,
                 Message::Do(planned) => {
                     let result = planned.carry_out(buffers);

@@ -187,6 +187,10 @@ impl Shared {
         self.keep_house(housekeeping);
     }
 
+    pub(super) fn housekeeper(&self) -> &Pool {
+        &self.housekeeper
+    }
+
     /// The disk's reserve, which decides whether a change that takes space may start.
     pub(super) fn reserve(&self) -> Arc<Reserve> {
         self.live.load().head.reserve.clone()
@@ -194,7 +198,7 @@ impl Shared {
 
     /// The first bytes of `range` that cannot be read since the layer failed. Asked *after* the bytes were looked for: a
     /// failure that comes between the two then counts.
-    fn uncertain_in(&self, range: ByteRange) -> Option<ByteRange> {
+    pub(super) fn uncertain_in(&self, range: ByteRange) -> Option<ByteRange> {
         self.uncertain.get().and_then(|blocks| uncertain_bytes(blocks, range))
     }
 }
@@ -267,6 +271,11 @@ impl Executor {
         Executor { shared: Arc::new(shared) }
     }
 
+    /// For whoever carries actions out step by step.
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// What reads follow now.
     pub fn view(&self) -> View {
         self.shared.live.load().view.clone()
@@ -335,6 +344,10 @@ impl Executor {
 impl Drop for Executor {
     fn drop(&mut self) {
         let housekeeping = &self.shared.housekeeping;
+        if let Some(turns) = self.shared.housekeeper.turns() {
+            while *housekeeping.lock() > 0 && turns.next() {}
+            return;
+        }
         let under_way = |count: &mut usize| *count > 0;
         let waited = housekeeping.changed.wait_timeout_while(housekeeping.lock(), CLOSE_WAIT_MAX, under_way);
         let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);

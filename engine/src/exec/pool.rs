@@ -4,8 +4,11 @@
 //! marks), and workers share one for what their ring cannot do. The queue is bounded by who fills it: of one volume at
 //! most [`PER_VOLUME_MAX`] housekeeping actions exist at a time, and a worker's jobs belong to the requests that it has
 //! admitted.
+//!
+//! A simulated machine has one thread, so that a seed is a history: its pool has none ([`Pool::in_turns`]), and whoever
+//! would wait for something lets others have their turn.
 
-use std::panic::AssertUnwindSafe;
+use std::{fmt, panic::AssertUnwindSafe, sync::Arc};
 
 use crate::{
     error::{Error, Result},
@@ -21,13 +24,35 @@ pub const PER_VOLUME_MAX: usize = 3;
 /// Threads of one pool.
 pub const THREADS_MAX: usize = 64;
 
-type Job = Box<dyn FnOnce() + Send>;
+pub type Job = Box<dyn FnOnce() + Send>;
+
+/// Everything else on a machine with one thread.
+pub trait Turns: Send + Sync + fmt::Debug {
+    /// Run `job` in a turn to come.
+    fn queue(&self, job: Job);
+
+    /// Let something else happen. `false`: nothing can, so that waiting is in vain.
+    fn next(&self) -> bool;
+}
 
 /// A small pool of threads; dropping it waits for what was queued.
 #[derive(Debug)]
 pub struct Pool {
-    queue: Option<Sender<Job>>,
-    threads: Vec<JoinHandle<()>>,
+    hands: Hands,
+}
+
+enum Hands {
+    Threads { queue: Option<Sender<Job>>, threads: Vec<JoinHandle<()>> },
+    Turns(Arc<dyn Turns>),
+}
+
+impl fmt::Debug for Hands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Hands::Threads { threads, .. } => write!(f, "{} threads", threads.len()),
+            Hands::Turns(turns) => turns.fmt(f),
+        }
+    }
 }
 
 /// Run by each thread before its first job. A front end makes its threads what the write path needs (see
@@ -50,23 +75,39 @@ impl Pool {
             })
             .collect::<std::io::Result<_>>()
             .map_err(|e| Error::io("start", format!("thread {name}"), e))?;
-        Ok(Pool { queue: Some(queue), threads })
+        Ok(Pool { hands: Hands::Threads { queue: Some(queue), threads } })
+    }
+
+    /// A pool without threads: its jobs are run in turns.
+    pub fn in_turns(turns: Arc<dyn Turns>) -> Pool {
+        Pool { hands: Hands::Turns(turns) }
+    }
+
+    /// Without threads, whoever waits has to let others go on.
+    pub(super) fn turns(&self) -> Option<&dyn Turns> {
+        match &self.hands {
+            Hands::Threads { .. } => None,
+            Hands::Turns(turns) => Some(&**turns),
+        }
     }
 
     /// Run `job` soon, on a thread of the pool.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) {
-        if let Some(queue) = &self.queue {
+        match &self.hands {
             // The receivers live as long as `self`.
-            let _ = queue.send(Box::new(job));
+            Hands::Threads { queue: Some(queue), .. } => drop(queue.send(Box::new(job))),
+            Hands::Threads { queue: None, .. } => {}
+            Hands::Turns(turns) => turns.queue(Box::new(job)),
         }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.queue = None;
+        let Hands::Threads { queue, threads } = &mut self.hands else { return };
+        *queue = None;
         let me = thread::current().id();
-        for thread in self.threads.drain(..) {
+        for thread in threads.drain(..) {
             // The last owner may be a job of ours; that thread ends by itself.
             if thread.thread().id() != me {
                 let _ = thread.join();

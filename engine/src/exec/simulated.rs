@@ -6,6 +6,9 @@
 //! seed is a history, and all histories of a small workload can be enumerated. Actions are carried out by the code of
 //! the other executors ([`HeadFiles`], [`Buffers`], [`View`]); only their order is ours. Crashes and faults belong to
 //! the storage ([`super::storage::memory`]): a crashed volume is dropped and opened again.
+//!
+//! [`SteppedChange`] and [`SteppedRead`] are the same for one operation of a live volume, which shares its core with whatever
+//! else uses it: life operations of its disk, for one.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,6 +16,9 @@ use std::{
 };
 
 use super::{
+    blocking::Mailbox,
+    carrier::{Carrier, Message, Planned, Reporter},
+    executor::{Executor, Shared},
     head::HeadFiles,
     request::Buffers,
     view::{View, uncertain_bytes},
@@ -85,15 +91,45 @@ pub enum Planning {
     PartByPart,
 }
 
+/// A read between its start and its last part.
 #[derive(Debug)]
 struct Reading {
-    tag: Tag,
     range: ByteRange,
     view: View,
     planned: VecDeque<Segment>,
     /// Bytes that have been planned.
     planned_len: u64,
     buffer: Vec<u8>,
+}
+
+impl Reading {
+    fn start(view: View, range: ByteRange, planning: Planning) -> Reading {
+        let planned: VecDeque<Segment> = match planning {
+            Planning::AtStart => view.index.plan(range).into(),
+            Planning::PartByPart => VecDeque::new(),
+        };
+        let planned_len = planned.iter().map(|segment| segment.range.len.0).sum();
+        Reading { range, view, planned, planned_len, buffer: vec![0; range.len.as_usize()] }
+    }
+
+    /// Read the next part.
+    fn part(&mut self) -> Result<()> {
+        if self.planned.is_empty() {
+            let start = self.range.start.0 + self.planned_len;
+            let rest = ByteRange::new(start, self.range.end().0 - start);
+            let first = self.view.index.plan_bounded(rest, 1);
+            self.planned_len += first.iter().map(|segment| segment.range.len.0).sum::<u64>();
+            self.planned.extend(first);
+        }
+        let Some(segment) = self.planned.pop_front() else { return Ok(()) };
+        let at = to_usize(segment.range.start.0 - self.range.start.0);
+        let place = &mut self.buffer[at..at + segment.range.len.as_usize()];
+        self.view.read_segment(segment, place)
+    }
+
+    fn is_whole(&self) -> bool {
+        self.planned.is_empty() && self.planned_len == self.range.len.0
+    }
 }
 
 /// A volume whose every step is chosen.
@@ -106,7 +142,7 @@ pub struct Simulated {
     /// Each with the view that it was planned in: a later one may not know its files any more.
     planned: Vec<(Action, View)>,
     carried_out: Vec<(ActionId, Result<Output>)>,
-    reads: Vec<Reading>,
+    reads: Vec<(Tag, Reading)>,
     events: Vec<Event>,
     next_tag: u64,
 }
@@ -160,14 +196,7 @@ impl Simulated {
     /// Start a read of `range`, which lies within the volume.
     pub fn read(&mut self, range: ByteRange, planning: Planning) -> Tag {
         let tag = self.tag();
-        let view = self.view.clone();
-        let planned: VecDeque<Segment> = match planning {
-            Planning::AtStart => view.index.plan(range).into(),
-            Planning::PartByPart => VecDeque::new(),
-        };
-        let planned_len = planned.iter().map(|segment| segment.range.len.0).sum();
-        let buffer = vec![0; range.len.as_usize()];
-        self.reads.push(Reading { tag, range, view, planned, planned_len, buffer });
+        self.reads.push((tag, Reading::start(self.view.clone(), range, planning)));
         tag
     }
 
@@ -248,23 +277,9 @@ impl Simulated {
     }
 
     fn read_part(&mut self, n: usize) {
-        let reading = &mut self.reads[n];
-        if reading.planned.is_empty() {
-            let start = reading.range.start.0 + reading.planned_len;
-            let rest = ByteRange::new(start, reading.range.end().0 - start);
-            let first = reading.view.index.plan_bounded(rest, 1);
-            reading.planned_len += first.iter().map(|segment| segment.range.len.0).sum::<u64>();
-            reading.planned.extend(first);
-        }
-        let result = match reading.planned.pop_front() {
-            None => Ok(()),
-            Some(segment) => {
-                let at = to_usize(segment.range.start.0 - reading.range.start.0);
-                let place = &mut reading.buffer[at..at + segment.range.len.as_usize()];
-                reading.view.read_segment(segment, place)
-            }
-        };
-        let whole = reading.planned.is_empty() && reading.planned_len == reading.range.len.0;
+        let (_, reading) = &mut self.reads[n];
+        let result = reading.part();
+        let whole = reading.is_whole();
         // Asked at the end, as the blocking executor does.
         let uncertain = self.core.uncertain().and_then(|blocks| uncertain_bytes(blocks, reading.range));
         let result = match uncertain {
@@ -272,8 +287,113 @@ impl Simulated {
             Some(_) | None => result,
         };
         if whole || result.is_err() {
-            let Reading { tag, range, buffer, .. } = self.reads.remove(n);
+            let (tag, Reading { range, buffer, .. }) = self.reads.remove(n);
             self.events.push(Event::Read { tag, range, result: result.map(|()| buffer) });
         }
+    }
+}
+
+/// A change or flush of a live volume whose every step is chosen.
+#[derive(Debug)]
+pub struct SteppedChange {
+    shared: Arc<Shared>,
+    mailbox: Arc<Mailbox>,
+    buffers: Buffers<'static>,
+    planned: Vec<Planned>,
+    carried_out: Vec<(ActionId, Result<Output>)>,
+    result: Option<Result<()>>,
+}
+
+impl SteppedChange {
+    /// Start an operation; `data` are a write's bytes. An error means that it did not start.
+    pub fn start(executor: &Executor, op: Op, data: Option<Vec<u8>>) -> Result<SteppedChange> {
+        let shared = executor.shared().clone();
+        let buffers = match (op, data) {
+            (Op::Write { range, .. }, Some(data)) => {
+                shared.reserve().admit()?;
+                Buffers::of_write(range.start.0, data)
+            }
+            _ => Buffers::default(),
+        };
+        let mailbox = Arc::new(Mailbox::default());
+        shared.submit(op, Carrier::Thread(mailbox.clone()), &mut Reporter::Thread)?;
+        let (planned, carried_out) = (Vec::new(), Vec::new());
+        let mut change = SteppedChange { shared, mailbox, buffers, planned, carried_out, result: None };
+        change.take_in();
+        Ok(change)
+    }
+
+    /// Learn what others have set free.
+    pub fn take_in(&mut self) {
+        while let Some(message) = self.mailbox.poll() {
+            match message {
+                Message::Do(planned) => self.planned.push(planned),
+                Message::Done(result) => self.result = Some(result),
+            }
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn result(&self) -> Option<&Result<()>> {
+        self.result.as_ref()
+    }
+
+    /// The actions that [`SteppedChange::carry_out`] counts.
+    pub fn planned(&self) -> impl ExactSizeIterator<Item = &Action> {
+        self.planned.iter().map(|planned| &planned.action)
+    }
+
+    /// How many actions [`SteppedChange::deliver`] counts.
+    pub fn carried_out(&self) -> usize {
+        self.carried_out.len()
+    }
+
+    /// Carry out the planned action with this number.
+    pub fn carry_out(&mut self, n: usize) {
+        let planned = self.planned.remove(n);
+        let result = planned.carry_out(&mut self.buffers);
+        self.carried_out.push((planned.action.id, result));
+    }
+
+    /// Tell the core about the action with this number that was carried out.
+    pub fn deliver(&mut self, n: usize) {
+        let (action, result) = self.carried_out.remove(n);
+        self.shared.complete(action, result, &mut Reporter::Thread);
+        self.take_in();
+    }
+}
+
+/// A read of a live volume, part by part.
+#[derive(Debug)]
+pub struct SteppedRead {
+    /// None where the volume only reads.
+    shared: Option<Arc<Shared>>,
+    reading: Reading,
+}
+
+impl SteppedRead {
+    /// Start a read of `range`, which lies within the volume that reads as `view`.
+    pub fn start(
+        executor: Option<&Executor>,
+        view: View,
+        range: ByteRange,
+        planning: Planning,
+    ) -> SteppedRead {
+        let shared = executor.map(|executor| executor.shared().clone());
+        SteppedRead { shared, reading: Reading::start(view, range, planning) }
+    }
+
+    /// Read the next part; the bytes after the last one.
+    pub fn part(&mut self) -> Option<Result<Vec<u8>>> {
+        match self.reading.part() {
+            Err(error) => return Some(Err(error)),
+            Ok(()) if !self.reading.is_whole() => return None,
+            Ok(()) => {}
+        }
+        let uncertain = self.shared.as_ref().and_then(|shared| shared.uncertain_in(self.reading.range));
+        Some(match uncertain {
+            Some(part) => Err(Error::uncertain(part, None)),
+            None => Ok(std::mem::take(&mut self.reading.buffer)),
+        })
     }
 }

@@ -9,14 +9,13 @@ use super::{
     device::VolumeInfo,
     disk::Disk,
     layer::{self, Layer},
-    life::new_record,
     record::{LayerRef, check_user_name},
 };
 use crate::{
     cow::{
         BlockState,
         core::COPY_BLOCKS_MAX,
-        map::{checkpoint::LogLen, log::LogEnd},
+        map::log::LogEnd,
     },
     device::{BlockDevice, ExtentKind, check_runs},
     error::{Error, Result},
@@ -46,7 +45,7 @@ impl Disk {
             }
             head.data.sync()?;
             let (header, map) =
-                layer::stage_map(&*self.storage, head.uuid, &head.log, &head.index, LogLen::LIVE)?;
+                layer::stage_map(&*self.storage, head.uuid, &head.log, &head.index, self.log_len)?;
             crate::exec::head::publish_map(&*self.storage, &layer::dir(head.uuid))?;
             (head.log, head.log_offset, head.map) = (LogEnd::start(&header), header.log_offset, map);
             Ok(())
@@ -56,7 +55,7 @@ impl Disk {
             let _life = self.life();
             self.check_absent(new)?;
             let layers = vec![LayerRef { uuid, parent: None }];
-            self.add_volume(new_record(new, size, None, layers, uuid), head)
+            self.add_volume(self.new_record(new, size, None, layers, uuid), head)
         });
         if added.is_err() {
             self.settle(uuid);

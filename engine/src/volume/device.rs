@@ -14,6 +14,7 @@ use super::{
     record::{ImageRef, SnapshotRecord, VolumeRecord},
 };
 use crate::{
+    cow::core::Op,
     device::{Access, BlockDevice, Complete, Durability, Extent, Geometry, Reply, Request, check_length},
     error::{Error, Result},
     exec::{
@@ -21,6 +22,7 @@ use crate::{
         executor::{Executor, Shared},
         pauses::Pauses,
         ring::{Gate, Workers},
+        simulated::{Planning, SteppedChange, SteppedRead},
         storage::Storage,
         view::View,
     },
@@ -377,6 +379,19 @@ impl Asynchronous for Volume {
             Backend::Live(executor) => executor.changes(),
             Backend::ReadOnly { reason, .. } => Err(Error::Failed { reason: reason.as_str().into() }),
         }
+    }
+}
+
+/// For a simulated machine, which chooses every step.
+impl Volume {
+    /// Start a change or flush; `data` are a write's bytes.
+    pub fn step_change(&self, op: Op, data: Option<Vec<u8>>) -> Result<SteppedChange> {
+        SteppedChange::start(self.live()?, op, data)
+    }
+
+    /// Start a read of `range`, which lies within the volume.
+    pub fn step_read(&self, range: ByteRange, planning: Planning) -> SteppedRead {
+        SteppedRead::start(self.executor(), self.view(), range, planning)
     }
 }
 

@@ -34,6 +34,7 @@ use crate::{
     cow::{
         core::{HeadState, Synced},
         head::HeadIndex,
+        map::{MAP_LOG_MIN, checkpoint::LogLen},
         plan::Index,
     },
     error::{Corruption, Error, Result},
@@ -76,6 +77,8 @@ pub struct Disk {
     pub(super) bases: Arc<dyn BaseSource>,
     pub(super) reserve: Arc<Reserve>,
     housekeeper: Arc<Pool>,
+    /// Of a new head.
+    pub(super) log_len: LogLen,
     /// Who carries out what is submitted to volumes, if not whoever submits.
     pub(super) workers: Option<Arc<Workers>>,
     pub(super) maintenance: Mutex<()>,
@@ -98,6 +101,9 @@ pub struct Held {
     record: DiskRecord,
     on_thread_start: ThreadStart,
     executor: ExecutorChoice,
+    /// Threads of its own, if not these.
+    housekeeper: Option<Arc<Pool>>,
+    log_len: LogLen,
     threads_max: usize,
 }
 
@@ -117,7 +123,15 @@ impl Held {
     fn of(storage: Arc<dyn Storage>, threads_max: usize) -> Result<Held> {
         let record = initialise(&*storage)?;
         let executor = ExecutorChoice::Blocking;
-        Ok(Held { storage, record, on_thread_start: || {}, executor, threads_max })
+        Ok(Held {
+            storage,
+            record,
+            on_thread_start: || {},
+            executor,
+            housekeeper: None,
+            log_len: LogLen::LIVE,
+            threads_max,
+        })
     }
 
     /// Let every thread that carries out requests of this disk, and is not its caller's own, run `hook` first.
@@ -130,6 +144,25 @@ impl Held {
     #[must_use]
     pub fn executor(self, executor: ExecutorChoice) -> Held {
         Held { executor, ..self }
+    }
+
+    /// Let `pool` do what no request waits for.
+    #[must_use]
+    pub fn housekeeper(self, pool: Arc<Pool>) -> Held {
+        Held { housekeeper: Some(pool), ..self }
+    }
+
+    /// Give new heads logs of at least so many bytes, at most [`MAP_LOG_MIN`]: a short log makes checkpoints frequent.
+    #[must_use]
+    pub fn log_len_min(self, least: u64) -> Held {
+        Held { log_len: LogLen::Live { least: least.min(MAP_LOG_MIN) }, ..self }
+    }
+
+    fn start_housekeeper(&self) -> Result<Arc<Pool>> {
+        match &self.housekeeper {
+            Some(pool) => Ok(pool.clone()),
+            None => Pool::start("housekeeper", HOUSEKEEPERS, self.on_thread_start).map(Arc::new),
+        }
     }
 
     fn start_workers(&self) -> Result<Option<Arc<Workers>>> {
@@ -159,7 +192,8 @@ impl Held {
         let (storage, record) = (self.storage.clone(), self.record.clone());
         let disk = Arc::new(Disk {
             reserve: Arc::new(Reserve::take(storage.clone())?),
-            housekeeper: Arc::new(Pool::start("housekeeper", HOUSEKEEPERS, self.on_thread_start)?),
+            housekeeper: self.start_housekeeper()?,
+            log_len: self.log_len,
             workers: self.start_workers()?,
             storage,
             record,
@@ -464,9 +498,9 @@ impl Disk {
 
     /// Make an empty layer that is not collected before a record lists it or [`Disk::settle`] is called.
     pub(super) fn make_layer(&self, blocks: BlockCount) -> Result<Layer> {
-        let uuid = Uuid::new_v4();
+        let uuid = self.storage.new_uuid();
         self.tree().pending.insert(uuid);
-        let made = layer::create(&*self.storage, uuid, blocks);
+        let made = layer::create(&*self.storage, uuid, blocks, self.log_len);
         if made.is_err() {
             self.settle(uuid);
             self.collect();
@@ -619,7 +653,7 @@ fn initialise(storage: &dyn Storage) -> Result<DiskRecord> {
             )));
         }
         let record =
-            DiskRecord { format_version: FORMAT_VERSION, id: Uuid::new_v4(), created_at: Timestamp::now() };
+            DiskRecord { format_version: FORMAT_VERSION, id: storage.new_uuid(), created_at: storage.now() };
         // In place: the lock is held on this very file.
         let bytes =
             serde_json::to_vec_pretty(&record).map_err(|e| Error::Invalid(format!("internal: {e}")))?;

@@ -49,13 +49,13 @@ pub struct Layer {
 }
 
 /// Make an empty layer. Its files and names are on disk when this returns: three syncs.
-pub fn create(storage: &dyn Storage, layer: Uuid, blocks: BlockCount) -> Result<Layer> {
+pub fn create(storage: &dyn Storage, layer: Uuid, blocks: BlockCount, log_len: LogLen) -> Result<Layer> {
     let dir = dir(layer);
     storage.create_dir(&dir)?;
     let data = storage.open(&data_path(&dir), Open::CreateDirect)?;
     data.set_len(blocks.len().0)?;
     let index = HeadIndex::new(blocks);
-    let (bytes, header) = checkpoint::encode(layer, 1, 0, &index, LogLen::LIVE);
+    let (bytes, header) = checkpoint::encode(layer, 1, 0, &index, log_len);
     let map = write_map(storage, &dir, &bytes, header.log_len)?;
     publish_map(storage, &dir)?;
     storage.sync_dir(LAYERS)?;

@@ -6,7 +6,6 @@
 
 use std::sync::{Arc, PoisonError};
 
-use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::{
@@ -87,7 +86,7 @@ impl Disk {
         let size = round_size(size)?;
         let head = self.make_layer(size.blocks_ceil())?;
         let record =
-            new_record(name, size, image, vec![LayerRef { uuid: head.uuid, parent: None }], head.uuid);
+            self.new_record(name, size, image, vec![LayerRef { uuid: head.uuid, parent: None }], head.uuid);
         self.add_volume(record, head)
     }
 
@@ -102,7 +101,7 @@ impl Disk {
             None => self.broken_record(name)?,
         };
         let dir = format!("{VOLUMES}/{}", record.dir_name());
-        let gone = format!("{VOLUMES}/{TEMPORARY}{}", Uuid::new_v4());
+        let gone = format!("{VOLUMES}/{TEMPORARY}{}", self.storage.new_uuid());
         self.storage.rename(&dir, &gone)?;
         {
             // Until its going is durable, a crash may bring the record back, with every layer that it names.
@@ -150,7 +149,7 @@ impl Disk {
         let mut layers = vec![LayerRef { uuid: head.uuid, parent: Some(parent) }];
         let chain = record.chain(parent);
         layers.extend(record.layers.iter().filter(|layer| chain.contains(&layer.uuid)).cloned());
-        self.add_volume(new_record(new, size, record.image, layers, head.uuid), head)
+        self.add_volume(self.new_record(new, size, record.image, layers, head.uuid), head)
     }
 
     /// Make the volume what its snapshot was: the head is dropped, every snapshot stays, the size is the larger of the
@@ -217,7 +216,7 @@ impl Disk {
         files.data.set_len(blocks.len().0)?;
         // A map of more blocks than the volume has is sound, so the record can follow it.
         let end = executor.log_end();
-        let staged = layer::stage_map(&*self.storage, record.head, &end, &index, LogLen::LIVE)?;
+        let staged = layer::stage_map(&*self.storage, record.head, &end, &index, self.log_len)?;
         // From the rename on, the map on the disk may be another file than the one that is open.
         let published = publish_map(&*self.storage, &layer::dir(record.head)).map(|()| staged);
         let (header, map) = match published {
@@ -264,7 +263,7 @@ impl Disk {
                 (top, size, None)
             }
             None => {
-                let name = format!("{TEMPORARY_SNAPSHOT}{}", Uuid::new_v4().simple());
+                let name = format!("{TEMPORARY_SNAPSHOT}{}", self.storage.new_uuid().simple());
                 let size = device.record().size_bytes;
                 (self.freeze(&device, Some(&name))?, size, Some(name))
             }
@@ -341,7 +340,7 @@ impl Disk {
             name: name.into(),
             layer: frozen,
             size_bytes: size.0,
-            created_at: Timestamp::now(),
+            created_at: self.storage.now(),
         }));
         let index = self.switch_head(volume, executor, barrier, record, head)?;
         tracing::debug!(volume = %volume.name(), pause = ?executor.pauses().last, "frozen");
@@ -427,6 +426,28 @@ impl Disk {
         }
     }
 
+    /// The record of a volume that is new.
+    pub(super) fn new_record(
+        &self,
+        name: &str,
+        size: ByteLen,
+        image: Option<ImageRef>,
+        layers: Vec<LayerRef>,
+        head: Uuid,
+    ) -> VolumeRecord {
+        VolumeRecord {
+            format_version: FORMAT_VERSION,
+            name: name.into(),
+            uuid: self.storage.new_uuid(),
+            size_bytes: size.0,
+            image,
+            head,
+            layers,
+            snapshots: Vec::new(),
+            created_at: self.storage.now(),
+        }
+    }
+
     /// Give a new volume its record and serve it. The moment is the rename of its directory; before it, everything that
     /// was made goes again.
     pub(super) fn add_volume(&self, record: VolumeRecord, head: Layer) -> Result<VolumeInfo> {
@@ -443,7 +464,7 @@ impl Disk {
         let size = ByteLen(record.size_bytes);
         let base = self.open_base(record.image.as_ref())?;
         let frozen = self.frozen(&record, record.parent(record.head))?;
-        let temporary = format!("{VOLUMES}/{TEMPORARY}{}", Uuid::new_v4());
+        let temporary = format!("{VOLUMES}/{TEMPORARY}{}", self.storage.new_uuid());
         self.storage.create_dir(&temporary)?;
         let switched = record::write_new(&*self.storage, &temporary, VOLUME_RECORD, &record)
             .and_then(|()| self.storage.sync_dir(&temporary))
@@ -461,26 +482,6 @@ impl Disk {
         // It exists by its name from here on; that it may be gone after a crash is an error all the same.
         self.storage.sync_dir(VOLUMES)?;
         Ok(volume.info())
-    }
-}
-
-pub(super) fn new_record(
-    name: &str,
-    size: ByteLen,
-    image: Option<ImageRef>,
-    layers: Vec<LayerRef>,
-    head: Uuid,
-) -> VolumeRecord {
-    VolumeRecord {
-        format_version: FORMAT_VERSION,
-        name: name.into(),
-        uuid: Uuid::new_v4(),
-        size_bytes: size.0,
-        image,
-        head,
-        layers,
-        snapshots: Vec::new(),
-        created_at: Timestamp::now(),
     }
 }
 

@@ -13,9 +13,9 @@
 //! the lower layer's blocks are punched.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::{Arc, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use uuid::Uuid;
@@ -52,6 +52,8 @@ const SMALL_BLOCKS: u64 = 4096;
 const STEP_BLOCKS_MIN: u64 = 64;
 /// How long a full disk waits for readers of older indexes.
 const EPOCH_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How often it looks.
+const EPOCH_LOOK: Duration = Duration::from_millis(5);
 
 /// A layer that can go, and what it goes into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +137,7 @@ impl Disk {
             .iter()
             .flat_map(|record| record.snapshots.iter().map(|snapshot| snapshot.layer).chain([record.head]))
             .collect();
-        let mut children: HashMap<Uuid, HashSet<Uuid>> = HashMap::new();
+        let mut children: BTreeMap<Uuid, BTreeSet<Uuid>> = BTreeMap::new();
         for layer in records.iter().flat_map(|record| &record.layers) {
             if let Some(parent) = layer.parent {
                 children.entry(parent).or_default().insert(layer.uuid);
@@ -440,7 +442,7 @@ impl Disk {
         layers: &[Slot],
         patience: &mut Patience,
     ) -> bool {
-        let deadline = Instant::now() + EPOCH_WAIT_MAX;
+        let mut waited = Duration::ZERO;
         loop {
             if self.no_readers(executors, layers) {
                 return true;
@@ -448,12 +450,13 @@ impl Disk {
             if *patience == Patience::Spent {
                 return false;
             }
-            if Instant::now() > deadline {
+            if waited >= EPOCH_WAIT_MAX {
                 tracing::warn!("the disk is full, and a reader still follows what could be given back");
                 *patience = Patience::Spent;
                 return false;
             }
-            thread::sleep(Duration::from_millis(5));
+            self.storage.rest(EPOCH_LOOK);
+            waited += EPOCH_LOOK;
         }
     }
 }

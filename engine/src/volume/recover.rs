@@ -69,7 +69,7 @@ impl Disk {
         }
         let mut layers = Vec::new();
         for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
-            let log_len = if layer.uuid == record.head { LogLen::LIVE } else { LogLen::Sealed };
+            let log_len = if layer.uuid == record.head { self.log_len } else { LogLen::Sealed };
             layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
             self.tree().forget_indexes(layer.uuid);
         }

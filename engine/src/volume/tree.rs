@@ -4,7 +4,7 @@
 //! while the disk is open, so that an old index never finds another layer's file in its place.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{Arc, Weak},
 };
 
@@ -51,7 +51,7 @@ pub(super) struct Tree {
     /// Layers that are being made and that no record lists yet.
     pub pending: HashSet<Uuid>,
     /// Layers that no record lists and whose files are still there.
-    pub unused: HashSet<Uuid>,
+    pub unused: BTreeSet<Uuid>,
     slots: HashMap<Uuid, (Slot, Arc<dyn StorageFile>)>,
     next_slot: u32,
     frozen: HashMap<Uuid, Frozen>,

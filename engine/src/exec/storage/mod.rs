@@ -8,7 +8,10 @@
 pub mod file;
 pub mod memory;
 
-use std::{fmt, fs::File, path::Path, sync::Arc};
+use std::{fmt, fs::File, path::Path, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use uuid::Uuid;
 
 use super::asynchronous::Descriptor;
 use crate::{error::Result, units::ByteRange};
@@ -117,4 +120,19 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// All bytes of the medium.
     fn total_bytes(&self) -> Result<u64>;
+
+    /// An id that nothing else has. This and the time are the system's, so that a simulated one repeats them.
+    fn new_uuid(&self) -> Uuid {
+        Uuid::new_v4()
+    }
+
+    /// The time, for records. Clocks jump: nothing is decided by it.
+    fn now(&self) -> Timestamp {
+        Timestamp::now()
+    }
+
+    /// Let others go on for that long.
+    fn rest(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
 }
