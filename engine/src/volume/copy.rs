@@ -12,11 +12,7 @@ use super::{
     record::{LayerRef, check_user_name},
 };
 use crate::{
-    cow::{
-        BlockState,
-        core::COPY_BLOCKS_MAX,
-        map::log::LogEnd,
-    },
+    cow::{BlockState, core::COPY_BLOCKS_MAX, map::log::LogEnd},
     device::{BlockDevice, ExtentKind, check_runs},
     error::{Error, Result},
     exec::{buffer::AlignedBuffer, request::nonzero_blocks, storage::StorageFile},

@@ -40,7 +40,6 @@ use crate::{
     error::{Error, Result},
     exec::{executor::Executor, storage::StorageFile, view::View},
     planted::{self, Bug},
-    sync::thread,
     units::{BLOCK_SIZE, Block, BlockCount, BlockRange},
 };
 

@@ -138,6 +138,13 @@ impl Cells {
         self.changes[id.0].outcome = Outcome::Failed(now);
     }
 
+    /// A change of this range was refused: it never was.
+    pub fn withdrawn(&mut self, range: ByteRange, id: ChangeId) {
+        for cell in cells_of(range) {
+            self.cells[cell].retain(|entry| entry.change != id.0);
+        }
+    }
+
     /// A flush that was submitted at `since` was acknowledged.
     pub fn flushed(&mut self, since: Moment) {
         for change in &mut self.changes {
@@ -158,18 +165,15 @@ impl Cells {
         })
     }
 
-    /// The values that a read which started at `since` and ends now may find.
-    fn readable(&self, cell: usize, since: Moment) -> Vec<u64> {
+    /// What a read which started at `since` and ends now may find of an entry's cell.
+    fn readable(&self, cell: usize, entry: Entry, since: Moment) -> bool {
         let by = |change: &Change| matches!(change.outcome, Outcome::Acknowledged(at) if at < since);
-        let entries = self.cells[cell].iter().filter(|entry| !self.superseded(cell, **entry, by));
-        entries.map(|entry| entry.value).collect()
+        !self.superseded(cell, entry, by)
     }
 
-    /// The values that a crash now may leave.
-    fn survivable(&self, cell: usize) -> Vec<u64> {
-        let entries =
-            self.cells[cell].iter().filter(|entry| !self.superseded(cell, **entry, |change| change.durable));
-        entries.map(|entry| entry.value).collect()
+    /// What a crash now may leave of an entry's cell.
+    fn survivable(&self, cell: usize, entry: Entry) -> bool {
+        !self.superseded(cell, entry, |change| change.durable)
     }
 
     fn check(
@@ -177,14 +181,17 @@ impl Cells {
         range: ByteRange,
         bytes: &[u8],
         what: &str,
-        allowed: impl Fn(usize) -> Vec<u64>,
+        allowed: impl Fn(usize, Entry) -> bool,
     ) -> Result<Vec<u64>, String> {
         let mut values = Vec::new();
         for (cell, found) in cells_of(range).zip(bytes.chunks(index(CELL))) {
             let (words, _) = found.as_chunks::<8>();
             let value = u64::from_le_bytes(words[0]);
-            let allowed = allowed(cell);
-            if words.iter().any(|word| *word != words[0]) || !allowed.contains(&value) {
+            let entries = &self.cells[cell];
+            let is_allowed = |entry: &&Entry| allowed(cell, **entry);
+            let known = entries.iter().any(|entry| entry.value == value && allowed(cell, *entry));
+            if words.iter().any(|word| *word != words[0]) || !known {
+                let allowed: Vec<u64> = entries.iter().filter(is_allowed).map(|entry| entry.value).collect();
                 let history: Vec<String> = self.cells[cell]
                     .iter()
                     .map(|entry| format!("  {:#x} by {:?}", entry.value, self.changes[entry.change]))
@@ -203,13 +210,13 @@ impl Cells {
 
     /// Check what a read that started at `since` has found.
     pub fn check_read(&self, range: ByteRange, bytes: &[u8], since: Moment) -> Result<(), String> {
-        self.check(range, bytes, "read", |cell| self.readable(cell, since)).map(drop)
+        self.check(range, bytes, "read", |cell, entry| self.readable(cell, entry, since)).map(drop)
     }
 
     /// Check what the whole volume holds after a crash, and go on from there: what was found is durable.
     pub fn crashed(&mut self, bytes: &[u8]) -> Result<(), String> {
         let all = ByteRange::new(0, self.size());
-        let values = self.check(all, bytes, "crash", |cell| self.survivable(cell))?;
+        let values = self.check(all, bytes, "crash", |cell, entry| self.survivable(cell, entry))?;
         // Stamps are never used twice, so old changes stay known.
         let outcome = Outcome::Acknowledged(self.now());
         let id = self.changes.len();
@@ -225,7 +232,7 @@ impl Cells {
     /// bring back whatever it could have left before.
     pub fn killed(&mut self, bytes: &[u8]) -> Result<(), String> {
         let all = ByteRange::new(0, self.size());
-        let values = self.check(all, bytes, "kill", |cell| self.survivable(cell))?;
+        let values = self.check(all, bytes, "kill", |cell, entry| self.survivable(cell, entry))?;
         self.abandon();
         let submitted = self.now();
         let outcome = Outcome::Acknowledged(self.now());
@@ -251,10 +258,24 @@ impl Cells {
     /// What a snapshot holds that was just taken: what was acknowledged, durably; perhaps what was under way.
     #[must_use]
     pub fn snapshot(&self, salt: u64) -> Cells {
+        self.snapshot_between(self.clock + 1, salt)
+    }
+
+    /// The same where it was asked for at `since` and taken at some time from then on: what was acknowledged meanwhile
+    /// may be in it or not.
+    #[must_use]
+    pub fn snapshot_between(&self, since: Moment, salt: u64) -> Cells {
         let mut copy = Cells { salt, ..self.clone() };
         copy.abandon();
+        let now = copy.now();
         for change in &mut copy.changes {
-            change.durable |= matches!(change.outcome, Outcome::Acknowledged(_));
+            match change.outcome {
+                Outcome::Acknowledged(at) if at < since => change.durable = true,
+                Outcome::Acknowledged(_) => {
+                    *change = Change { outcome: Outcome::Failed(now), durable: false, ..change.clone() }
+                }
+                Outcome::UnderWay | Outcome::Failed(_) => {}
+            }
         }
         copy.now();
         copy
@@ -294,5 +315,16 @@ mod tests {
         cells.flushed(since);
         assert!(cells.clone().crashed(&all(old)).is_err());
         assert!(cells.crashed(&all(cell_bytes(cells.stamp(1, 1)))).is_ok());
+    }
+
+    #[test]
+    fn a_change_that_was_refused_is_never_read() {
+        let mut cells = cells();
+        let range = ByteRange::new(64, 64);
+        let (id, bytes) = cells.begin(range, Content::Stamped);
+        cells.withdrawn(range, id);
+        let now = cells.now();
+        assert!(cells.check_read(range, &bytes, now).is_err());
+        assert!(cells.check_read(range, &cell_bytes(image_value(1)), now).is_ok());
     }
 }

@@ -18,10 +18,7 @@ use bedplate_engine::{
     error::{Error, Result},
     exec::{
         simulated::Seed,
-        storage::{
-            Storage,
-            memory::{Fault, MemoryStorage},
-        },
+        storage::memory::{Fault, MemoryStorage},
     },
     image::{BaseImage, BaseSource},
     units::{ByteLen, ByteRange, SECTOR_SIZE},
@@ -29,7 +26,7 @@ use bedplate_engine::{
         device::{Volume, VolumeState},
         disk::Disk,
         life::Origin,
-        record::{self, ImageRef, VolumeRecord},
+        record::ImageRef,
     },
 };
 use uuid::Uuid;
@@ -37,8 +34,8 @@ use uuid::Uuid;
 use crate::{
     cells::{CELL, Cells, Content, image_value},
     crashes::{Reach, Tally, each_crash},
-    disk::Image,
-    setting,
+    image::Image,
+    leftovers, setting,
 };
 
 const SIZE: u64 = 3 * 4096 + 1536;
@@ -190,35 +187,6 @@ fn check_readable(device: &dyn BlockDevice, cells: &mut Cells) -> Result<(), Str
             Ok(()) => cells.check_read(range, &bytes, since)?,
             Err(Error::Lost { .. }) => {}
             Err(error) => return Err(error.to_string()),
-        }
-    }
-    Ok(())
-}
-
-/// Nothing is left that no record names.
-fn check_leftovers(storage: &dyn Storage) -> Result<(), String> {
-    let list = |path: &str| storage.list(path).map_err(|e| e.to_string());
-    let mut named = BTreeSet::new();
-    for (name, _) in list("volumes")? {
-        if name.starts_with('.') {
-            return Err(format!("volumes/{name} is left"));
-        }
-        let path = format!("volumes/{name}/volume.json");
-        let record: VolumeRecord = record::read(storage, &path).map_err(|e| e.to_string())?;
-        named.extend(record.layers.iter().map(|layer| layer.uuid.to_string()));
-        if list(&format!("volumes/{name}"))?.len() != 1 {
-            return Err(format!("volumes/{name} holds more than its record"));
-        }
-    }
-    let layers: BTreeSet<String> = list("layers")?.into_iter().map(|(name, _)| name).collect();
-    if layers != named {
-        return Err(format!("layers are {layers:?}, records name {named:?}"));
-    }
-    for layer in layers {
-        let files: BTreeSet<String> =
-            list(&format!("layers/{layer}"))?.into_iter().map(|(name, _)| name).collect();
-        if files != BTreeSet::from(["data".to_owned(), "map".to_owned()]) {
-            return Err(format!("layers/{layer} holds {files:?}"));
         }
     }
     Ok(())
@@ -388,7 +356,7 @@ fn check_crashed(left: MemoryStorage, catalogs: &[Catalog], seed: &mut Seed, wha
         catalog.check(&disk).map_err(|error| errors.push(error)).ok().map(|()| catalog)
     });
     let Some(mut catalog) = found else { panic!("{what}:\n{}", errors.join("\n")) };
-    check_leftovers(&*storage).unwrap_or_else(|e| panic!("{what}: {e}"));
+    leftovers::check(&*storage, &[]).unwrap_or_else(|e| panic!("{what}: {e}"));
     disk.reclaim(|| true).unwrap_or_else(|e| panic!("{what}: a merge does not go on: {e}"));
     catalog.check(&disk).unwrap_or_else(|e| panic!("{what}, reclaimed: {e}"));
     let mut run = Run { storage, disk, catalog, count: 100 };

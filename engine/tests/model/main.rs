@@ -18,6 +18,8 @@ mod damage;
 mod disk;
 mod enumerated;
 mod faults;
+mod image;
+mod leftovers;
 mod life;
 mod log;
 mod pairs;

@@ -175,6 +175,12 @@ impl FileNode {
         FileNode { shown: kept.clone(), kept, reserved: self.reserved, ..FileNode::default() }
     }
 
+    /// Sectors whose newest value is a hole and not yet on the medium.
+    pub(super) fn unsynced_holes(&self) -> impl Iterator<Item = u64> {
+        let newest = self.unsynced.iter().filter(|(_, values)| matches!(values.last(), Some(None)));
+        newest.map(|(sector, _)| *sector)
+    }
+
     pub(super) fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; to_usize(self.shown.len)];
         for (sector, value) in &self.shown.sectors {

@@ -197,6 +197,11 @@ impl MemoryStorage {
         found
     }
 
+    /// Sectors, by file and number, that were given back and would not be after a crash that loses all.
+    pub fn unsynced_holes(&self) -> HashSet<(u64, u64)> {
+        self.lock().names.unsynced_holes()
+    }
+
     /// Calls so far.
     pub fn calls(&self) -> u64 {
         self.lock().calls

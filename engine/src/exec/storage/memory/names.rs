@@ -96,6 +96,14 @@ impl Names {
         files.sum()
     }
 
+    pub(super) fn unsynced_holes(&self) -> HashSet<(u64, u64)> {
+        let files = self.nodes.iter().filter_map(|(id, node)| match node {
+            Node::File(file) => Some((id.0, file)),
+            Node::Directory => None,
+        });
+        files.flat_map(|(id, file)| file.unsynced_holes().map(move |sector| (id, sector))).collect()
+    }
+
     pub(super) fn find(&self, path: &str) -> Result<NodeId, ErrorKind> {
         path.split('/').filter(|part| !part.is_empty()).try_fold(ROOT, |directory, part| {
             self.shown.get(&(directory, part.to_owned())).copied().ok_or(ErrorKind::NotFound)
