@@ -1,0 +1,130 @@
+//! The guest's side: writers that change volumes as the script says, and a hand that snapshots and deletes meanwhile.
+//!
+//! What is durable is noted before the next change begins, on a disk that loses nothing; the write of a note returns
+//! when it is in the host's log.
+//! It all goes on until the power is cut, or something fails.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    fcntl::{FallocateFlags, fallocate},
+    libc::{O_DIRECT, O_DSYNC},
+};
+
+use crate::script::{self, Kind, SECTOR, WRITERS};
+
+/// An emulated machine is slow, and the host busy.
+const START_DEADLINE: Duration = Duration::from_secs(120);
+/// Snapshots of a volume that are there at once.
+const SNAPSHOTS_MAX: u64 = 3;
+
+/// Where one thread writes its notes: a sector of its own, far from others', so that no two become one request.
+struct Notes {
+    file: File,
+    at: u64,
+}
+
+impl Notes {
+    fn open(path: &Path, slot: u64) -> Result<Notes> {
+        let file = OpenOptions::new().write(true).custom_flags(O_DIRECT).open(path)?;
+        Ok(Notes { file, at: slot * 64 * SECTOR as u64 })
+    }
+
+    fn note(&self, text: &str) -> Result<()> {
+        // O_DIRECT wants an aligned buffer.
+        let mut space = [0_u8; 2 * SECTOR];
+        let from = space.as_ptr().align_offset(SECTOR);
+        let sector = &mut space[from..from + SECTOR];
+        ensure!(text.len() < SECTOR, "a note is one sector");
+        sector[..text.len()].copy_from_slice(text.as_bytes());
+        self.file.write_all_at(sector, self.at).context("a note")
+    }
+}
+
+/// Change the volumes `v0`, `v1`, ... beneath `volumes` until something fails.
+pub fn run(seed: u64, volumes: &Path, notes: &Path) -> Result<()> {
+    let path = |writer: u64| volumes.join(format!("v{writer}"));
+    let deadline = Instant::now() + START_DEADLINE;
+    while !(0..WRITERS).all(|writer| path(writer).exists()) {
+        ensure!(Instant::now() < deadline, "the volumes are not served");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let hand = Notes::open(notes, WRITERS)?;
+    hand.note("ready")?;
+    let running = AtomicU64::new(WRITERS);
+    thread::scope(|scope| {
+        let mut writers = Vec::new();
+        for writer in 0..WRITERS {
+            let (path, running) = (path(writer), &running);
+            writers.push(scope.spawn(move || {
+                let ended = write(seed, writer, &path, notes);
+                running.fetch_sub(1, Ordering::SeqCst);
+                ended.with_context(|| format!("writer {writer}"))
+            }));
+        }
+        let mut round = 0;
+        while running.load(Ordering::SeqCst) > 0 {
+            live(&hand, round)?;
+            round += 1;
+        }
+        writers.into_iter().try_for_each(|writer| writer.join().expect("a writer does not panic"))
+    })
+}
+
+fn write(seed: u64, writer: u64, volume: &PathBuf, notes: &Path) -> Result<()> {
+    let notes = Notes::open(notes, writer)?;
+    let dsync = script::is_dsync(writer);
+    let flags = if dsync { O_DSYNC } else { 0 };
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(volume)?;
+    for number in 1.. {
+        let change = script::change(seed, writer, number);
+        let at = change.first * SECTOR as u64;
+        match change.kind {
+            Kind::Write => file.write_all_at(&script::bytes_of(writer, &change), at)?,
+            Kind::Punch => {
+                let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let len = i64::try_from(change.count)? * i64::try_from(SECTOR)?;
+                fallocate(file.as_fd(), punch, i64::try_from(at)?, len)?;
+            }
+        }
+        if change.durable {
+            if !dsync {
+                file.sync_all()?;
+            }
+            notes.note(&format!("durable {writer} {number}"))?;
+        }
+    }
+    unreachable!("numbers do not end")
+}
+
+/// One step of a volume's life: a snapshot, and once there are enough, the deletion of the oldest.
+fn live(notes: &Notes, round: u64) -> Result<()> {
+    let (volume, number) = (round % WRITERS, round / WRITERS);
+    step(notes, "create", volume, number)?;
+    match number.checked_sub(SNAPSHOTS_MAX) {
+        Some(oldest) => step(notes, "delete", volume, oldest),
+        None => Ok(()),
+    }
+}
+
+fn step(notes: &Notes, verb: &str, volume: u64, number: u64) -> Result<()> {
+    notes.note(&format!("begin {verb} {volume} {number}"))?;
+    let words = ["snapshot", verb, &format!("v{volume}"), &format!("s{number}")];
+    let output = Command::new("bedplate").args(words).output()?;
+    if !output.status.success() {
+        bail!("bedplate {}: {}", words.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+    notes.note(&format!("done {verb} {volume} {number}"))
+}
