@@ -16,7 +16,6 @@ use bedplate_engine::{
         },
         plan::Index,
     },
-    device::Extent,
     error::{Corruption, Error, Result},
     exec::{
         head::{HeadFiles, data_path, map_path, publish_map, staged_path, write_map},
@@ -26,7 +25,7 @@ use bedplate_engine::{
         view::{LayerFiles, View},
     },
     image::BaseImage,
-    units::{ByteLen, ByteOffset, ByteRange},
+    units::{ByteLen, ByteOffset},
 };
 use uuid::Uuid;
 
