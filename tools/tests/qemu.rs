@@ -7,6 +7,7 @@ mod program;
 
 use std::{
     fs::File,
+    io::Write,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -91,18 +92,35 @@ fn assert_same(name: &str, ours: &Value, theirs: &Value, keys: &[&str]) {
     }
 }
 
+/// Those of these keys that this `qemu-img` says of nothing at all, as it is too old to know them. It is said aloud, past
+/// what gathers the output of tests that pass: what they stand for has been compared with nobody's.
+fn unknown_to_qemu_img(keys: &[&'static str], verb: &str, answers: &[Value]) -> Vec<&'static str> {
+    let rows = || answers.iter().flat_map(|all| all.as_array().unwrap());
+    let unknown: Vec<_> =
+        keys.iter().copied().filter(|key| rows().all(|row| row.get(*key).is_none())).collect();
+    if !unknown.is_empty() {
+        let version = qemu_img(&["--version"]).stdout;
+        let version = version.lines().next().unwrap_or_default();
+        let said = format!("not compared: `{verb}` of {version} has no {}\n", unknown.join(", "));
+        std::io::stderr().write_all(said.as_bytes()).unwrap();
+    }
+    unknown
+}
+
 #[test]
 fn info_has_the_keys_of_qemu_img_with_its_values() {
     let corpus = Corpus::make();
-    for (name, path) in corpus.images() {
+    let theirs_of = |path: &str| qemu_img(&["info", "--output=json", "--backing-chain", path]).json();
+    let said: Vec<_> = corpus.images().map(|(_, path)| theirs_of(&path)).collect();
+    // Since QEMU 8.0.
+    let unknown = unknown_to_qemu_img(&["children"], "info", &said);
+    for ((name, path), theirs) in corpus.images().zip(&said) {
         let args = ["info", &path, "--backing-chain", "--allow-references", corpus.root(), "-o", "json"];
         let ours = inspect(&args).json();
-        let theirs = qemu_img(&["info", "--output=json", "--backing-chain", &path]).json();
         let (ours, theirs) = (ours.as_array().unwrap(), theirs.as_array().unwrap());
         assert_eq!(ours.len(), theirs.len(), "{name}");
         for (ours, theirs) in ours.iter().zip(theirs) {
             let keys = [
-                "children",
                 "virtual-size",
                 "format",
                 "actual-size",
@@ -114,6 +132,9 @@ fn info_has_the_keys_of_qemu_img_with_its_values() {
                 "filename",
             ];
             assert_same(name, ours, theirs, &keys);
+            if unknown.is_empty() {
+                assert_same(name, ours, theirs, &["children"]);
+            }
             let data = |value: &Value| value.pointer("/format-specific/data").cloned().unwrap_or_default();
             let (ours_data, theirs_data) = (data(ours), data(theirs));
             let keys = [
@@ -140,31 +161,38 @@ fn info_has_the_keys_of_qemu_img_with_its_values() {
 #[test]
 fn map_lists_the_ranges_of_qemu_img() {
     let corpus = Corpus::make();
-    for (name, path) in corpus.images() {
-        for part in [&[][..], &["--start-offset=1000k", "--max-length=1500k"]] {
-            let mut args = vec!["map", &path, "--allow-references", corpus.root(), "-o", "json"];
-            args.extend(part);
-            let ours = normalised(&inspect(&args).json());
-            let mut args = vec!["map", "--output=json", &path];
-            args.extend(part);
-            let theirs = normalised(&qemu_img(&args).json());
-            assert_eq!(ours, theirs, "{name}");
+    for part in [&[][..], &["--start-offset=1000k", "--max-length=1500k"]] {
+        let theirs_of = |path: &str| qemu_img(&[&["map", "--output=json", path], part].concat()).json();
+        let said: Vec<_> = corpus.images().map(|(_, path)| theirs_of(&path)).collect();
+        // Since QEMU 6.1 and 8.2.
+        let unknown = unknown_to_qemu_img(&["present", "compressed"], "map", &said);
+        for ((name, path), theirs) in corpus.images().zip(&said) {
+            let args = ["map", &path, "--allow-references", corpus.root(), "-o", "json"];
+            let ours = normalised(&inspect(&[&args, part].concat()).json(), &unknown);
+            assert_eq!(ours, normalised(theirs, &[]), "{name}");
         }
     }
 }
 
-/// Ranges without a file: `qemu-img` gives parts of a cluster that are not there an offset, which says nothing. Joined
-/// again where that was all that kept them apart.
-fn normalised(map: &Value) -> Vec<Value> {
+/// Ranges without what `qemu-img` does not know and, where nothing is present, without a file: `qemu-img` gives parts of
+/// a cluster that are not there an offset, which says nothing. Joined again where that was all that kept them apart.
+fn normalised(map: &Value, unknown: &[&str]) -> Vec<Value> {
     let mut ranges: Vec<Value> = Vec::new();
     for range in map.as_array().unwrap() {
         let mut range = range.clone();
-        if range["present"] == false {
-            range.as_object_mut().unwrap().remove("offset");
+        let fields = range.as_object_mut().unwrap();
+        fields.retain(|key, _| !unknown.contains(&key.as_str()));
+        if fields.get("present").is_some_and(|present| present == false) {
+            fields.remove("offset");
         }
         let end = |range: &Value| range["start"].as_u64().unwrap() + range["length"].as_u64().unwrap();
-        let goes_on = ranges.last().is_some_and(|last| {
-            range["present"] == false && last["present"] == false && last["depth"] == range["depth"]
+        let goes_on = ranges.last().is_some_and(|last| match range.get("present") {
+            Some(present) => present == false && last["present"] == false && last["depth"] == range["depth"],
+            // Nobody says what is present: zeros are zeros.
+            None => {
+                ["offset", "depth", "zero", "data"].iter().all(|key| last.get(*key) == range.get(*key))
+                    && range.get("offset").is_none()
+            }
         });
         match ranges.last_mut() {
             Some(last) if goes_on => {
