@@ -199,7 +199,9 @@ impl Disk {
                 return Ok(Progress::Done);
             }
             let batch = BlockRange { start: at, count: BlockCount(BATCH_BLOCKS.min(end.0 - at.0)) };
-            for blocks in wanted(&executor.view().index, slot, batch) {
+            // Looked up before the loop, which would hold the view to its end: nothing could be given back meanwhile.
+            let wanted = wanted(&executor.view().index, slot, batch);
+            for blocks in wanted {
                 self.copy_up(executor, blocks, CopySource::Layer(slot), Some((slot, &mut patience)))?;
             }
             at = batch.end();

@@ -243,6 +243,26 @@ fn a_full_disk_flushes_discards_and_deletes_a_snapshot() {
     volume.write_at(&[3; 4096], 0, Durability::Fua).expect("there is room again");
 }
 
+#[test]
+fn a_snapshot_of_more_than_the_reserve_is_deleted_on_a_disk_without_a_free_byte() {
+    let storage = Arc::new(MemoryStorage::new(512));
+    storage.limit(64 << 20);
+    let disk = open(&storage);
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(16 << 20))).expect("created");
+    let volume = served(&disk, "v");
+    for mib in 0..6 {
+        volume.write_at(&[mib + 1; 1 << 20], u64::from(mib) << 20, Durability::Volatile).expect("written");
+    }
+    disk.create_snapshot("v", "s").expect("taken");
+    let expected = content(&volume);
+    let free = storage.free_bytes().expect("known");
+    storage.allocate("stray", free).expect("there is room");
+    disk.delete_snapshot("v", "s").expect("deleted");
+    disk.reclaim(|| true).expect("each step gives back what the next one needs");
+    assert_eq!(volume.info().layer_count, 1);
+    assert!(content(&volume) == expected);
+}
+
 /// A disk of so many bytes with a reserve of 1/64 of them, just under 3 MiB more for volumes, and no room left. Its volume
 /// has a large layer, a smaller one over it of which every third block hides one of the large layer's, and a head.
 fn layered_and_full(bytes: u64) -> (Arc<MemoryStorage>, Arc<Disk>) {
