@@ -12,6 +12,7 @@ mod bench;
 mod block_device;
 mod cache;
 mod farm;
+mod full_disk;
 mod jobs;
 mod kill;
 mod lifecycle;
