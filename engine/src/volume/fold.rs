@@ -18,7 +18,7 @@ use super::{
     device::Volume,
     disk::Disk,
     layer::Layer,
-    merge::{Patience, Progress, Room, data_blocks_in, punch},
+    merge::{Candidate, Patience, Progress, Room, data_blocks_in, punch},
 };
 use crate::{
     cow::{BlockState, head::HeadIndex},
@@ -31,6 +31,7 @@ impl Disk {
     /// Fold `upper`, frozen, into `lower`, its parent, which nothing else stands on.
     pub(super) fn fold(
         &self,
+        candidate: Candidate,
         mut lower: Layer,
         mut upper: Layer,
         go_on: &mut impl FnMut() -> bool,
@@ -49,8 +50,9 @@ impl Disk {
         let (mut at, mut room) = (0, self.room());
         while at < end {
             if !go_on() {
-                let _life = self.life();
-                self.replace_map(&mut lower)?;
+                if let Some(_life) = self.life_of(candidate) {
+                    self.replace_map(&mut lower)?;
+                }
                 return Ok(Progress::Stopped);
             }
             let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
@@ -61,17 +63,17 @@ impl Disk {
                 (Ok(()), Room::Enough) => at = batch.end().0,
                 (Ok(()), Room::Short) => {
                     at = batch.end().0;
-                    self.give_back_above(&mut lower, &mut upper, batch.end())?;
+                    self.give_back_above(candidate, &mut lower, &mut upper, batch.end())?;
                 }
                 (Err(Error::NoSpace { .. }), Room::Enough) => {
                     room = Room::Short;
-                    self.give_back_above(&mut lower, &mut upper, batch.start)?;
+                    self.give_back_above(candidate, &mut lower, &mut upper, batch.start)?;
                     self.reserve.give_up();
                 }
                 (Err(error), _) => return Err(error),
             }
         }
-        let _life = self.life();
+        let Some(_life) = self.life_of(candidate) else { return Ok(Progress::Done) };
         self.replace_map(&mut lower)?;
         let volumes = self.volumes_over(upper.uuid);
         for volume in &volumes {
@@ -89,8 +91,14 @@ impl Disk {
     }
 
     /// Give back what `upper` has before `end`, all of which went down into `lower`.
-    fn give_back_above(&self, lower: &mut Layer, upper: &mut Layer, end: Block) -> Result<()> {
-        let _life = self.life();
+    fn give_back_above(
+        &self,
+        candidate: Candidate,
+        lower: &mut Layer,
+        upper: &mut Layer,
+        end: Block,
+    ) -> Result<()> {
+        let Some(_life) = self.life_of(candidate) else { return Ok(()) };
         let blocks = upper.index.block_count();
         let before = BlockRange { start: Block(0), count: end.since(Block(0)) };
         let after = BlockRange { start: end, count: Block(blocks.0).since(end) };

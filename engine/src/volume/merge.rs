@@ -25,6 +25,7 @@ use super::{
     device::{Backend, Volume},
     disk::Disk,
     layer::{self, Layer},
+    life::Life,
     record::VolumeRecord,
 };
 use crate::{
@@ -156,6 +157,12 @@ impl Disk {
         self.candidates().contains(&candidate)
     }
 
+    /// The lock of life operations, unless one of them came in between that took the candidate away.
+    pub(super) fn life_of(&self, candidate: Candidate) -> Option<Life<'_>> {
+        let life = self.life();
+        self.is_candidate(candidate).then_some(life)
+    }
+
     fn merge(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
         let head_of =
             self.tree().volumes.values().find(|volume| volume.record().head == candidate.child).cloned();
@@ -251,10 +258,7 @@ impl Disk {
 
     fn merge_into_frozen(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
         let (lower, mut upper) = {
-            let _life = self.life();
-            if !self.is_candidate(candidate) {
-                return Ok(Progress::Done);
-            }
+            let Some(_life) = self.life_of(candidate) else { return Ok(Progress::Done) };
             (layer::open(&*self.storage, candidate.layer)?, layer::open(&*self.storage, candidate.child)?)
         };
         if let Some(fault) = lower.fault.as_ref().or(upper.fault.as_ref()) {
@@ -262,14 +266,15 @@ impl Disk {
         }
         let all = BlockRange { start: Block(0), count: lower.index.block_count() };
         if data_blocks(&upper.index) < visible_blocks(&lower, &upper, all) {
-            return self.fold(lower, upper, go_on);
+            return self.fold(candidate, lower, upper, go_on);
         }
         let end = lower.index.block_count().0.min(upper.index.block_count().0);
         let (mut at, mut room, mut patience) = (0, self.room(), Patience::Whole);
         while at < end {
             if !go_on() {
-                let _life = self.life();
-                self.replace_map(&mut upper)?;
+                if let Some(_life) = self.life_of(candidate) {
+                    self.replace_map(&mut upper)?;
+                }
                 return Ok(Progress::Stopped);
             }
             let batch = BlockRange::new(at, self.step_blocks(room).min(end - at));
@@ -280,19 +285,19 @@ impl Disk {
                 (Ok(copied), room) => {
                     at = batch.end().0;
                     if copied && room == Room::Short {
-                        self.give_back_below_frozen(&lower, &mut upper, batch, &mut patience)?;
+                        self.give_back_below_frozen(candidate, &lower, &mut upper, batch, &mut patience)?;
                     }
                 }
                 (Err(Error::NoSpace { .. }), Room::Enough) => {
                     room = Room::Short;
                     let all = BlockRange::new(0, end);
-                    self.give_back_below_frozen(&lower, &mut upper, all, &mut patience)?;
+                    self.give_back_below_frozen(candidate, &lower, &mut upper, all, &mut patience)?;
                     self.reserve.give_up();
                 }
                 (Err(error), _) => return Err(error),
             }
         }
-        let _life = self.life();
+        let Some(_life) = self.life_of(candidate) else { return Ok(Progress::Done) };
         self.replace_map(&mut upper)?;
         self.finish_merge(candidate)?;
         Ok(Progress::Done)
@@ -343,12 +348,13 @@ impl Disk {
     /// Let every volume read from `upper` what came up into it, then punch these blocks below where it has them.
     fn give_back_below_frozen(
         &self,
+        candidate: Candidate,
         lower: &Layer,
         upper: &mut Layer,
         blocks: BlockRange,
         patience: &mut Patience,
     ) -> Result<()> {
-        let _life = self.life();
+        let Some(_life) = self.life_of(candidate) else { return Ok(()) };
         self.replace_map(upper)?;
         self.rebuild_over(upper.uuid)?;
         let volumes: Vec<Arc<Volume>> = self.tree().volumes.values().cloned().collect();
