@@ -251,7 +251,13 @@ pub enum Replaced {
 /// Replace the record `name` in `dir`. The moment it happens is the rename; it is durable when this returns.
 pub fn replace<R: Record>(storage: &dyn Storage, dir: &str, name: &str, record: &R) -> Result<(), Replaced> {
     let new = format!("{name}.new");
-    write_new(storage, dir, &new, record).map_err(Replaced::Not)?;
-    storage.rename(&format!("{dir}/{new}"), &format!("{dir}/{name}")).map_err(Replaced::Not)?;
+    let path = format!("{dir}/{new}");
+    let switched =
+        write_new(storage, dir, &new, record).and_then(|()| storage.rename(&path, &format!("{dir}/{name}")));
+    if let Err(error) = switched {
+        // A full disk needs the room.
+        let _ = storage.remove_file(&path);
+        return Err(Replaced::Not(error));
+    }
     storage.sync_dir(dir).map_err(Replaced::Perhaps)
 }
