@@ -122,6 +122,9 @@ impl Held {
 
     fn of(storage: Arc<dyn Storage>, threads_max: usize) -> Result<Held> {
         let record = initialise(&*storage)?;
+        // What is read from here on is acted upon: files are written because a record names them, and removed because
+        // none does. A crash must not bring an older record back then.
+        storage.sync_names()?;
         let executor = ExecutorChoice::Blocking;
         Ok(Held {
             storage,

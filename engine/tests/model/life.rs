@@ -428,6 +428,47 @@ fn every_short_life_cut_at_every_call_is_before_or_after_and_leaves_nothing_behi
     }
 }
 
+#[test]
+fn what_a_start_after_a_kill_serves_is_what_a_power_cut_leaves() {
+    let mut points = 0;
+    for before in [Before::New, Before::OneSnapshot, Before::Snapshots, Before::SmallOverLarge] {
+        for step in STEPS {
+            for nth in 0.. {
+                let mut run = Run::new(before);
+                run.step(Step::PartialWrite);
+                run.storage.stop_at(run.storage.calls() + nth);
+                let (catalogs, result) = run.attempt(step);
+                if result.is_ok() {
+                    break;
+                }
+                points += 1;
+                let what = format!("{before:?} {step:?} killed at call {nth}");
+                check_killed(run.storage.kill(), &catalogs, &what);
+            }
+        }
+    }
+    println!("{points} kills");
+}
+
+/// The next start writes, flushes, and loses its power.
+fn check_killed(left: MemoryStorage, catalogs: &[Catalog], what: &str) {
+    let storage = Arc::new(left);
+    let disk = Disk::open_storage(storage.clone(), Arc::new(Images));
+    let disk = disk.unwrap_or_else(|e| panic!("{what}: the disk does not open: {e}"));
+    let mut errors = Vec::new();
+    let found = catalogs.iter().find_map(|catalog| {
+        let mut catalog = catalog.clone();
+        catalog.check(&disk).map_err(|error| errors.push(error)).ok().map(|()| catalog)
+    });
+    let Some(catalog) = found else { panic!("{what}:\n{}", errors.join("\n")) };
+    let mut run = Run { storage, disk, catalog, count: 100 };
+    run.steps(&[Step::LongWrite, Step::Flush]);
+    let after = Arc::new(run.storage.crash_losing_all());
+    let disk = Disk::open_storage(after, Arc::new(Images));
+    let disk = disk.unwrap_or_else(|e| panic!("{what}, then a power cut: the disk does not open: {e}"));
+    run.catalog.check(&disk).unwrap_or_else(|e| panic!("{what}, then a power cut: {e}"));
+}
+
 /// What a disk shows after an operation failed, and what a crash then leaves: before or after, and open.
 fn check_failed(run: &Run, catalogs: &[Catalog], what: &str) {
     let check = |disk: &Disk, what: &str| {

@@ -136,6 +136,10 @@ impl Storage for Switched {
         self.real.sync_dir(path)
     }
 
+    fn sync_names(&self) -> Result<()> {
+        self.real.sync_names()
+    }
+
     fn allocate(&self, path: &str, len: u64) -> Result<()> {
         self.real.allocate(path, len)
     }

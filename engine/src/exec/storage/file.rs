@@ -178,6 +178,11 @@ impl Storage for FileStorage {
         nix::unistd::fsync(&fd).map_err(|e| self.error("sync", path, e))
     }
 
+    /// One call for the whole file system, rather than one and a flush of the device for each directory.
+    fn sync_names(&self) -> Result<()> {
+        nix::unistd::syncfs(&self.root).map_err(|e| self.error("sync", "", e))
+    }
+
     fn allocate(&self, path: &str, len: u64) -> Result<()> {
         let fd = self.open_beneath(path, OFlag::O_RDWR | OFlag::O_CREAT)?;
         let len = i64::try_from(len).map_err(|_| Error::Invalid(format!("{len} bytes are too many")))?;

@@ -112,6 +112,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Make the names in a directory survive a crash.
     fn sync_dir(&self, path: &str) -> Result<()>;
 
+    /// Make every name survive a crash, whoever made it: a process that was killed has left some that it did not sync.
+    fn sync_names(&self) -> Result<()>;
+
     /// Take `len` bytes of space for a file that is only there to be given up; replaces what it held.
     fn allocate(&self, path: &str, len: u64) -> Result<()>;
 

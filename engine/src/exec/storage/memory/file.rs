@@ -135,11 +135,11 @@ impl FileNode {
     /// A sync that failed: the medium keeps what it had.
     pub(super) fn drop_unsynced(&mut self, cache: Cache) {
         self.unsynced.clear();
-        self.unsynced_lens.clear();
         match cache {
             // The system believes that it wrote these pages, and goes on showing them.
-            Cache::Buffered => {}
-            Cache::Direct => self.shown = self.kept.clone(),
+            Cache::Buffered => self.unsynced_lens.clear(),
+            // The length stays known, and to be written.
+            Cache::Direct => self.shown = Content { len: self.shown.len, ..self.kept.clone() },
         }
     }
 

@@ -210,6 +210,12 @@ impl Names {
         Ok(())
     }
 
+    pub(super) fn sync_all(&mut self) {
+        self.unsynced.clear();
+        self.kept = self.shown.clone();
+        self.collect();
+    }
+
     pub(super) fn close(&mut self, node: NodeId) {
         if let Ok(file) = self.file_mut(node) {
             file.handles = file.handles.saturating_sub(1);

@@ -73,6 +73,13 @@ impl Storage for MemoryStorage {
         self.named(CallKind::SyncDir, "sync", path, |medium| medium.names.sync(path))
     }
 
+    fn sync_names(&self) -> Result<()> {
+        self.named(CallKind::SyncDir, "sync", "", |medium| {
+            medium.names.sync_all();
+            Ok(())
+        })
+    }
+
     fn allocate(&self, path: &str, len: u64) -> Result<()> {
         self.named(CallKind::Allocate, "allocate", path, |medium| {
             let node = match medium.names.find(path) {
