@@ -25,7 +25,10 @@ mod world;
 
 use std::{any::Any, cell::RefCell, panic::AssertUnwindSafe, rc::Rc};
 
-use bedplate_engine::{units::ByteLen, volume::{life::Origin, record::ImageRef}};
+use bedplate_engine::{
+    units::ByteLen,
+    volume::{life::Origin, record::ImageRef},
+};
 use uuid::Uuid;
 
 use self::{
@@ -135,9 +138,11 @@ fn set_up(world: &Rc<RefCell<World>>) -> Result<(), String> {
     disk.create_volume("v", Origin::Image(origin), Some(ByteLen(size))).map_err(failed)?;
     disk.clone_volume("v", None, "w").map_err(failed)?;
     for name in ["v", "w"] {
-        let values = (0..size / CELL).map(|cell| if (cell + 1) * CELL <= image { image_value(cell) } else { 0 });
+        let values =
+            (0..size / CELL).map(|cell| if (cell + 1) * CELL <= image { image_value(cell) } else { 0 });
         let salt = now.fresh();
-        now.known.insert(name.into(), Known { cells: Cells::new(values, salt), snapshots: Default::default() });
+        now.known
+            .insert(name.into(), Known { cells: Cells::new(values, salt), snapshots: Default::default() });
     }
     now.disk = Some(disk);
     if now.setup.medium.is_some() {

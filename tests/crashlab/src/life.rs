@@ -66,7 +66,7 @@ fn begin(world: &mut World, life: Life, volume: u8, pick: u8) -> Option<(Call, A
     let snapshots: Vec<String> = world.known[&volume].snapshots.keys().cloned().collect();
     let picked = snapshots.get(usize::from(pick) % snapshots.len().max(1)).cloned();
     let inside = |lives: &[Life]| lives.contains(&life);
-    let merging = |operation: &Operation| matches!(operation, Operation::Merge | Operation::Flatten);
+    let merging = |(life, _): &(Operation, String)| matches!(life, Operation::Merge | Operation::Flatten);
     let fits = match life {
         Life::Snapshot => snapshots.len() < SNAPSHOTS_MAX,
         Life::Clone | Life::FullClone => names.len() < VOLUMES_MAX,
@@ -82,7 +82,7 @@ fn begin(world: &mut World, life: Life, volume: u8, pick: u8) -> Option<(Call, A
     }
     let operation = Operation::from(life);
     world.meets(operation, None);
-    world.lives.push(operation);
+    world.lives.push((operation, volume.clone()));
     let number = world.fresh();
     let snapshot = match life {
         Life::Export if pick % 2 == 0 => None,
@@ -104,6 +104,7 @@ fn carry_out(world: &Rc<RefCell<World>>, call: &Call, disk: &Arc<Disk>) -> Resul
     let (volume, new) = (call.volume.as_str(), call.new.as_str());
     let snapshot = call.snapshot.as_deref();
     let go_on = || {
+        read_begins(&mut world.borrow_mut(), call);
         others_live(world);
         !world.borrow().medium.has_stopped()
     };
@@ -164,7 +165,13 @@ fn export(disk: &Disk, volume: &str, snapshot: Option<&str>, go_on: impl Fn() ->
 /// What the reference says from here on.
 fn end(world: &mut World, call: Call, result: Result<Read>) {
     if !world.known.contains_key(&call.volume) {
-        // A nested operation has deleted it.
+        // An operation that came in between has deleted it; a copy of it may be there all the same.
+        if let (Life::FullClone, Some(cells)) = (call.life, world.read.remove(&call.new)) {
+            match result {
+                Ok(_) => drop(world.known.insert(call.new, Known { cells, snapshots: Default::default() })),
+                Err(_) => world.perhaps.push(Perhaps::Volume { name: call.new, cells }),
+            }
+        }
         return;
     }
     match result {
@@ -173,8 +180,22 @@ fn end(world: &mut World, call: Call, result: Result<Read>) {
     }
 }
 
+/// A copy or an export asks for the first time whether to go on: what it reads has been decided.
+fn read_begins(world: &mut World, call: &Call) {
+    let reads = matches!(call.life, Life::FullClone | Life::Export);
+    if reads
+        && !world.read.contains_key(&call.new)
+        && let Some(cells) = taken(world, call)
+    {
+        world.read.insert(call.new.clone(), cells);
+    }
+}
+
 /// What the volume, or its snapshot, was at some time since the call began.
 fn taken(world: &mut World, call: &Call) -> Option<Cells> {
+    if let Some(known) = world.read.remove(&call.new) {
+        return Some(known);
+    }
     let salt = world.fresh();
     let known = world.known.get(&call.volume)?;
     Some(match &call.snapshot {
@@ -193,8 +214,11 @@ fn reverted(world: &mut World, call: &Call) -> Option<Cells> {
 
 fn happened(world: &mut World, call: Call, read: Read) {
     let taken = taken(world, &call);
+    // What only reads is read as it is.
+    let writes = world.disk.as_ref().and_then(|disk| disk.volume(&call.volume).ok());
+    let writes = writes.is_some_and(|volume| volume.state() == VolumeState::Ready);
     match call.life {
-        Life::Snapshot | Life::Clone | Life::FullClone if call.snapshot.is_none() => {
+        Life::Snapshot | Life::Clone | Life::FullClone if call.snapshot.is_none() && writes => {
             world.cells(&call.volume).flushed(call.since);
         }
         _ => {}
@@ -271,9 +295,7 @@ fn failed(world: &mut World, call: Call, error: &Error) {
         Error::Invalid(_) => matches!(call.life, Life::Flatten | Life::FullClone),
         Error::Failed { .. } => not_ready,
         Error::NotFound { .. } => call.life == Life::Flatten || !world.perhaps.is_empty(),
-        Error::NoSpace { .. } if full => {
-            call.life != Life::DeleteSnapshot && call.life != Life::DeleteVolume
-        }
+        Error::NoSpace { .. } if full => call.life != Life::DeleteSnapshot && call.life != Life::DeleteVolume,
         _ => false,
     };
     if !fine && !stopped && world.medium.errors() == 0 {
@@ -283,8 +305,9 @@ fn failed(world: &mut World, call: Call, error: &Error) {
     let name = call.snapshot.clone().unwrap_or_default();
     let volume = call.volume.clone();
     let perhaps = match call.life {
-        Life::Snapshot => taken(world, &call)
-            .map(|cells| Perhaps::Snapshot { volume, name: call.new.clone(), cells }),
+        Life::Snapshot => {
+            taken(world, &call).map(|cells| Perhaps::Snapshot { volume, name: call.new.clone(), cells })
+        }
         Life::Clone | Life::CloneSnapshot | Life::FullClone => {
             taken(world, &call).map(|cells| Perhaps::Volume { name: call.new.clone(), cells })
         }

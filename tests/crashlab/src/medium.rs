@@ -265,6 +265,10 @@ impl Storage for Medium {
         self.named(CallKind::SyncDir, path, || self.storage.sync_dir(path))
     }
 
+    fn sync_names(&self) -> Result<()> {
+        self.named(CallKind::SyncDir, "", || self.storage.sync_names())
+    }
+
     /// Others do not get a turn: whoever takes the reserve holds its lock.
     fn allocate(&self, path: &str, len: u64) -> Result<()> {
         self.storage.allocate(path, len)
@@ -366,8 +370,8 @@ impl StorageFile for MediumFile {
             Some(FaultKind::NoSpace) => Err(self.error("write", ErrorKind::StorageFull)),
             Some(FaultKind::WriteError) => Err(self.error("write", ErrorKind::Other)),
             Some(FaultKind::TornTransfer) => {
-                let first = &data[..self.part(data.len() + usize::try_from(SECTOR_SIZE).unwrap_or(0))
-                    .min(data.len())];
+                let first = &data
+                    [..self.part(data.len() + usize::try_from(SECTOR_SIZE).unwrap_or(0)).min(data.len())];
                 self.file.write_at(first, offset)?;
                 Err(self.error("write", ErrorKind::Other))
             }

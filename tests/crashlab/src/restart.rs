@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use bedplate_engine::{
     device::BlockDevice,
-    exec::{simulated::Seed, storage::memory::{Effect, MemoryStorage}},
+    exec::{
+        simulated::Seed,
+        storage::memory::{Effect, MemoryStorage},
+    },
     volume::{device::VolumeState, disk::Disk},
 };
 
@@ -73,7 +76,9 @@ impl World {
             };
             if chosen + 1 < outcomes {
                 lost.insert(match effect {
-                    Effect::Sector { file, sector } if holes.contains(&(file, sector)) => FaultKind::LostPunch,
+                    Effect::Sector { file, sector } if holes.contains(&(file, sector)) => {
+                        FaultKind::LostPunch
+                    }
                     Effect::Sector { .. } => FaultKind::LostData,
                     Effect::Length { .. } => FaultKind::LostSize,
                     Effect::Name { .. } => FaultKind::LostName,
@@ -106,7 +111,9 @@ impl World {
     fn resolve(&mut self, disk: &Disk, found: &BTreeSet<String>, perhaps: Perhaps) -> Result<(), String> {
         let snapshots = |volume: &str| -> BTreeSet<String> {
             let device = disk.volume(volume);
-            device.map(|device| device.info().snapshots.into_iter().map(|s| s.name).collect()).unwrap_or_default()
+            device
+                .map(|device| device.info().snapshots.into_iter().map(|s| s.name).collect())
+                .unwrap_or_default()
         };
         match perhaps {
             Perhaps::Snapshot { volume, name, cells } if snapshots(&volume).contains(&name) => {
@@ -170,7 +177,8 @@ fn check(disk: &Disk, name: &str, known: &mut Known, power_lost: bool) -> Result
     if found != expected {
         return Err(format!("volume {name}: snapshots are {found:?} instead of {expected:?}"));
     }
-    check_content(&*device, &mut known.cells, power_lost).map_err(|error| format!("volume {name}: {error}"))?;
+    check_content(&*device, &mut known.cells, power_lost)
+        .map_err(|error| format!("volume {name}: {error}"))?;
     for (snapshot, cells) in &mut known.snapshots {
         let what = |error: String| format!("snapshot {name}@{snapshot}: {error}");
         let view = disk.view(name, Some(snapshot)).map_err(|error| what(error.to_string()))?;

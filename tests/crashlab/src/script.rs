@@ -65,14 +65,33 @@ pub enum Cut {
 #[serde(rename_all = "snake_case")]
 pub enum Step {
     /// A client asks for something; then so many other things happen.
-    Client { client: u8, volume: u8, ask: Ask, start: u16, cells: u16, moves: u8 },
-    Life { life: Life, volume: u8, pick: u8 },
+    Client {
+        client: u8,
+        volume: u8,
+        ask: Ask,
+        start: u16,
+        cells: u16,
+        moves: u8,
+    },
+    Life {
+        life: Life,
+        volume: u8,
+        pick: u8,
+    },
     /// The matching call after so many others of its kind goes wrong.
-    Fault { fault: FaultKind, after: u8 },
+    Fault {
+        fault: FaultKind,
+        after: u8,
+    },
     /// So many calls from now.
-    Cut { cut: Cut, after: u16 },
+    Cut {
+        cut: Cut,
+        after: u16,
+    },
     /// The medium has this much room left.
-    Room { bytes: u32 },
+    Room {
+        bytes: u32,
+    },
 }
 
 /// What a seed starts with.
@@ -153,7 +172,8 @@ impl Script {
     pub fn parse(text: &str) -> Result<Script, String> {
         let mut lines = text.lines().zip(1..).filter(|(line, _)| !line.is_empty() && !line.starts_with('#'));
         let wrong = |number: usize| move |e: serde_json::Error| format!("line {number}: {e}");
-        let (first, number) = lines.next().ok_or("a script begins with a line that says what it starts with")?;
+        let (first, number) =
+            lines.next().ok_or("a script begins with a line that says what it starts with")?;
         let setup = serde_json::from_str(first).map_err(wrong(number))?;
         let steps = lines.map(|(line, number)| serde_json::from_str(line).map_err(wrong(number)));
         Ok(Script { setup, steps: steps.collect::<Result<_, String>>()? })
@@ -184,9 +204,11 @@ fn step(seed: &mut Seed, clients: u64, weather: Weather) -> Step {
             Step::Fault { fault: fault(seed, weather), after: number_of(seed.below(most)) }
         }
         60..70 if weather == Weather::Full => Step::Room { bytes: number_of(seed.below(160 << 10)) },
-        60..190 => {
-            Step::Life { life: life(seed), volume: number_of(seed.below(256)), pick: number_of(seed.below(256)) }
-        }
+        60..190 => Step::Life {
+            life: life(seed),
+            volume: number_of(seed.below(256)),
+            pick: number_of(seed.below(256)),
+        },
         _ => {
             let ask = match seed.below(16) {
                 0..4 => Ask::Write,

@@ -10,12 +10,21 @@ pub fn shrink(script: &Script, failure: Failure) -> (Script, Failure) {
     shrink_by(script, failure, |script| run_script(script, Trace::Off).err())
 }
 
+/// The words of a failure without its names and numbers: a script that fails in another way has another failure.
+fn kind(failure: &Failure) -> Vec<&str> {
+    let words = failure.what.lines().next().unwrap_or_default().split_whitespace();
+    words.filter(|word| word.len() > 1 && word.chars().all(|c| c.is_ascii_alphabetic() || c == ':')).collect()
+}
+
 /// The same for another way to run a script.
 pub fn shrink_by(
     script: &Script,
     failure: Failure,
     fails: impl Fn(&Script) -> Option<Failure>,
 ) -> (Script, Failure) {
+    let original = failure.clone();
+    let kind = kind(&original);
+    let fails = |script: &Script| fails(script).filter(|found| self::kind(found) == kind);
     let (mut best, mut found) = (script.clone(), failure);
     let mut tries = 0;
     let mut chunk = best.steps.len().div_ceil(2);

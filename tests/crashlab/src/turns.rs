@@ -4,11 +4,7 @@
 //! calls, and wherever it waits for the core, the world takes steps: clients ask, actions are carried out and told,
 //! housekeeping runs. What the world itself does is not interrupted, which [`RefCell`] tells.
 
-use std::{
-    cell::RefCell,
-    collections::VecDeque,
-    rc::Rc,
-};
+use std::{cell::RefCell, collections::VecDeque, rc::Rc};
 
 use bedplate_engine::exec::pool::{Job, Turns};
 

@@ -120,7 +120,9 @@ pub struct World {
     pub seed: Seed,
     pub stats: Stats,
     /// Life operations under way, the outermost first.
-    pub lives: Vec<Operation>,
+    pub lives: Vec<(Operation, String)>,
+    /// What those that read a volume read, by the name of what they make.
+    pub read: BTreeMap<String, Cells>,
     /// How the process will end, once it is decided.
     pub cut: Option<crate::script::Cut>,
     pub finding: Option<String>,
@@ -146,6 +148,7 @@ impl World {
             steps: script.steps.iter().cloned().collect(),
             stats: Stats::of_one(),
             lives: Vec::new(),
+            read: BTreeMap::new(),
             cut: None,
             finding: None,
             history: trace.then(Vec::new),
@@ -186,6 +189,7 @@ impl World {
     pub fn forget_process(&mut self) {
         self.flights.clear();
         self.lives.clear();
+        self.read.clear();
         turns::clear_jobs();
         self.disk = None;
     }
@@ -206,7 +210,7 @@ impl World {
                 self.stats.pair(operation, flight.operation);
             }
         }
-        for life in &self.lives {
+        for (life, _) in &self.lives {
             self.stats.pair(operation, *life);
         }
     }
@@ -260,14 +264,25 @@ impl World {
         }
         let name = names[usize::from(volume) % names.len()].clone();
         let Some(disk) = &self.disk else { return };
+        // Deleting takes it away, recovering closes it and opens it again.
         let going = |perhaps: &Perhaps| matches!(perhaps, Perhaps::NoVolume { name: gone } if *gone == name);
+        let closing = |(life, volume): &(Operation, String)| {
+            matches!(life, Operation::DeleteVolume | Operation::Recover) && *volume == name
+        };
         let device = match disk.volume(&name) {
             Ok(device) => device,
-            Err(_) if self.perhaps.iter().any(going) => return,
+            Err(_) if self.perhaps.iter().any(going) || self.lives.iter().any(closing) => return,
             Err(error) => return self.found(format!("volume {name} is not there: {error}")),
         };
         // Refused while it is reverted, deleted or recovered.
         let Ok(hold) = device.hold("a client") else { return };
+        // These let clients in again before they answer; what is found then is not known yet.
+        let anew = |(life, volume): &(Operation, String)| {
+            matches!(life, Operation::Revert | Operation::Recover) && *volume == name
+        };
+        if self.lives.iter().any(anew) {
+            return;
+        }
         let all = self.known[&name].cells.size();
         let start = start * CELL % all;
         let range = ByteRange::new(start, (cells * CELL).min(all - start));
@@ -284,7 +299,14 @@ impl World {
                 let planning = if ask == Ask::Read { Planning::PartByPart } else { Planning::AtStart };
                 let since = self.cells(&name).now();
                 let read = device.step_read(range, planning);
-                return self.launch(client, name, operation, Doing::Read { read, range, since }, device, hold);
+                return self.launch(
+                    client,
+                    name,
+                    operation,
+                    Doing::Read { read, range, since },
+                    device,
+                    hold,
+                );
             }
         };
         if op == Op::Flush {
@@ -444,7 +466,7 @@ impl World {
         let (volume, device) = (flight.volume, flight.device);
         self.note(|| format!("volume {volume}: read {range} {:?}", result.as_ref().map(Vec::len)));
         match result {
-            Ok(_) if self.nobody_knows(&device) => {}
+            _ if self.nobody_knows(&device) => {}
             Ok(bytes) => {
                 if let Err(error) = self.cells(&volume).check_read(range, &bytes, since) {
                     self.found(format!("volume {volume}: {error}"));

@@ -63,7 +63,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         println!("seen fewer than {LISTED_LEAST} times: {rare}");
     }
     if args.seeds < LISTED_SEEDS {
-        println!("whether each fault and pair was seen {LISTED_LEAST} times is asked of {LISTED_SEEDS} seeds or more");
+        println!(
+            "whether each fault and pair was seen {LISTED_LEAST} times is asked of {LISTED_SEEDS} seeds or more"
+        );
     }
     Ok(if missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
