@@ -1,6 +1,6 @@
 //! A closed loop on one worker, to see what it does and to profile it.
 //!
-//! `ring-load FILE|DISK:VOLUME read|write|mixed DEPTH SECONDS [BYTES]` keeps DEPTH requests of BYTES (4096) at random
+//! `ring-load FILE|DISK:VOLUME read|write|fua|mixed DEPTH SECONDS [BYTES]` keeps DEPTH requests of BYTES (4096) at random
 //! places of a raw image, or of a volume of a disk, in flight on one worker in this thread, and prints how many ended
 //! and what CPU time each took. A volume that is not there is made, empty.
 
@@ -52,6 +52,8 @@ fn open_image(path: &Path) -> Result<Arc<dyn BaseImage>> {
 enum Mix {
     Reads,
     Writes,
+    /// Each survives a crash before it is answered.
+    DurableWrites,
     Both,
 }
 
@@ -81,6 +83,7 @@ impl Loop {
             (Mix::Writes, _) | (Mix::Both, true) => {
                 Job::Write { offset, window, durability: Durability::Volatile }
             }
+            (Mix::DurableWrites, _) => Job::Write { offset, window, durability: Durability::Fua },
         };
         let device = self.device.clone();
         #[expect(unsafe_code, reason = "the buffers are lent to the worker")]
@@ -112,11 +115,13 @@ impl FrontEnd for Loop {
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let usage = || Error::Invalid("ring-load FILE|DISK:VOLUME read|write|mixed DEPTH SECONDS [BYTES]".into());
+    let usage =
+        || Error::Invalid("ring-load FILE|DISK:VOLUME read|write|fua|mixed DEPTH SECONDS [BYTES]".into());
     let [what, mix, depth, seconds, rest @ ..] = args.as_slice() else { return Err(usage()) };
     let mix = match mix.as_str() {
         "read" => Mix::Reads,
         "write" => Mix::Writes,
+        "fua" => Mix::DurableWrites,
         "mixed" => Mix::Both,
         _ => return Err(usage()),
     };

@@ -7,10 +7,7 @@
 
 #[cfg(not(feature = "shuttle"))]
 pub(crate) use {
-    crossbeam::{
-        channel::{Sender, unbounded},
-        queue::SegQueue,
-    },
+    crossbeam::queue::SegQueue,
     std::{
         sync::{Condvar, Mutex, MutexGuard, atomic},
         thread,
@@ -19,7 +16,7 @@ pub(crate) use {
 
 #[cfg(feature = "shuttle")]
 pub(crate) use {
-    scheduled::{SegQueue, Sender, unbounded},
+    scheduled::SegQueue,
     shuttle::{
         sync::{Condvar, Mutex, MutexGuard, atomic},
         thread,
@@ -28,49 +25,11 @@ pub(crate) use {
 
 #[cfg(feature = "shuttle")]
 mod scheduled {
-    use std::{
-        collections::VecDeque,
-        fmt,
-        sync::{Arc, PoisonError},
-    };
+    use std::{collections::VecDeque, sync::PoisonError};
 
-    use shuttle::sync::{Mutex, MutexGuard, mpsc};
+    use shuttle::sync::{Mutex, MutexGuard};
 
-    /// As crossbeam has it, whatever it carries.
-    pub struct Sender<T>(mpsc::Sender<T>);
-
-    impl<T> Sender<T> {
-        pub fn send(&self, value: T) -> Result<(), mpsc::SendError<T>> {
-            self.0.send(value)
-        }
-    }
-
-    impl<T> fmt::Debug for Sender<T> {
-        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("Sender")
-        }
-    }
-
-    /// As crossbeam has it: it can be shared.
-    pub struct Receiver<T>(Arc<Mutex<mpsc::Receiver<T>>>);
-
-    pub fn unbounded<T>() -> (Sender<T>, Receiver<T>) {
-        let (sender, receiver) = mpsc::channel();
-        (Sender(sender), Receiver(Arc::new(Mutex::new(receiver))))
-    }
-
-    impl<T> Clone for Receiver<T> {
-        fn clone(&self) -> Receiver<T> {
-            Receiver(self.0.clone())
-        }
-    }
-
-    impl<T> Receiver<T> {
-        pub fn iter(&self) -> impl Iterator<Item = T> + '_ {
-            std::iter::from_fn(|| self.0.lock().unwrap_or_else(PoisonError::into_inner).recv().ok())
-        }
-    }
-
+    /// As crossbeam has it.
     #[derive(Debug)]
     pub struct SegQueue<T>(Mutex<VecDeque<T>>);
 

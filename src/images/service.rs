@@ -10,7 +10,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bedplate_engine::image::{self, BaseImage, follow::Followed, qcow2::View};
+use bedplate_engine::{
+    exec::pool::Pool,
+    image::{self, BaseImage, follow::Followed, qcow2::View},
+};
 use nix::{
     errno::Errno,
     fcntl::{PosixFadviseAdvice, posix_fadvise},
@@ -36,6 +39,9 @@ use crate::{
     prep::partial::Kept,
 };
 
+/// Threads that ask for what is read ahead of readers that must not wait.
+const ASKERS: usize = 2;
+
 pub(super) struct Service {
     pub settings: Settings,
     pub host: Arc<dyn Host>,
@@ -47,6 +53,8 @@ pub(super) struct Service {
     /// Rung whenever a job ends or an image goes.
     bell: watch::Sender<u64>,
     pub turns: Arc<Semaphore>,
+    /// Threads that ask for what is read ahead; without any, readers that must not wait have nothing read ahead.
+    askers: Option<Arc<Pool>>,
 }
 
 impl Service {
@@ -79,6 +87,8 @@ impl Service {
             }
         }
         let turns = Arc::new(Semaphore::new(settings.jobs_running_max.max(1)));
+        let askers = Pool::start_shared("read-ahead", ASKERS, || {})
+            .inspect_err(|error| tracing::warn!(%error, "nothing of images is read ahead for rings"));
         let service = Arc::new(Service {
             settings,
             host,
@@ -88,6 +98,7 @@ impl Service {
             naming: Mutex::new(()),
             bell: watch::Sender::new(0),
             turns,
+            askers: askers.ok().map(Arc::new),
         });
         service.take_up();
         service
@@ -192,7 +203,7 @@ impl Service {
     /// The content of a ready image, for one reader, whose runs are read ahead of.
     pub fn open_base(self: &Arc<Self>, name: &str) -> Result<(Arc<dyn BaseImage>, Published)> {
         let (base, published) = self.open_shared(name)?;
-        Ok((Arc::new(Followed::new(base)), published))
+        Ok((Arc::new(Followed::new(base, self.askers.clone())), published))
     }
 
     /// Whoever has an image open shares it: its tables and decoded clusters are in memory once.

@@ -6,7 +6,10 @@
 
 use std::{os::fd::BorrowedFd, sync::Arc};
 
-use super::executor::{Live, Shared};
+use super::{
+    executor::{Live, Shared},
+    fair::Key,
+};
 use crate::{error::Result, units::ByteRange};
 
 /// An open file for whoever carries its reads and writes out without the engine's calls.
@@ -64,6 +67,9 @@ pub trait Asynchronous: Send + Sync {
 
     /// Asked after the bytes of `range` have come: whether they can be told.
     fn confirm(&self, range: ByteRange) -> Result<()>;
+
+    /// What threads that get its bytes may wait for, together with those of other devices: the image that they share.
+    fn waits_for(&self) -> Key;
 
     /// Who takes changes and flushes; an error if nobody does.
     fn changes(&self) -> Result<&Arc<Shared>>;

@@ -16,6 +16,7 @@ use rustc_hash::FxHashMap;
 use super::{
     asynchronous::{Asynchronous, Located, Pin},
     carrier::{Carrier, Message, Planned, Reporter},
+    fair::{Key, key_of},
     head::HeadFiles,
     pauses::Pauses,
     pool::Pool,
@@ -142,7 +143,7 @@ impl Shared {
         for planned in actions {
             let work = self.housekeeping.begin();
             let shared = self.clone();
-            self.housekeeper.run(move || {
+            self.housekeeper.run(key_of(self), move || {
                 // Dropped last: whoever waits for it finds nothing open that this action had.
                 let _work = work;
                 let (shared, planned) = (shared, planned);
@@ -432,6 +433,10 @@ impl Asynchronous for Executor {
             None => Ok(()),
             Some(part) => Err(Error::uncertain(part, self.failed())),
         }
+    }
+
+    fn waits_for(&self) -> Key {
+        self.shared.live.load().view.waits_for()
     }
 
     fn changes(&self) -> Result<&Arc<Shared>> {

@@ -9,6 +9,7 @@ mod blocking;
 mod carrier;
 pub mod choice;
 pub mod executor;
+pub(crate) mod fair;
 pub mod head;
 pub mod pauses;
 pub mod pool;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{asynchronous::Located, storage::StorageFile};
+use super::{asynchronous::Located, fair::Key, storage::StorageFile};
 use crate::{
     cow::{
         blocks::BlockSet,
@@ -154,6 +154,11 @@ impl View {
             }
         }
         Ok(extents)
+    }
+
+    /// The image that it shares with others, or itself.
+    pub fn waits_for(&self) -> Key {
+        self.base.as_ref().map_or(std::ptr::from_ref(&*self.index).addr(), |base| base.identity())
     }
 
     pub fn size(&self) -> ByteLen {

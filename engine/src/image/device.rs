@@ -12,6 +12,7 @@ use crate::{
     exec::{
         asynchronous::{Asynchronous, Located, Pin},
         executor::Shared,
+        fair::Key,
     },
     units::{ByteLen, ByteOffset, ByteRange, SECTOR_SIZE, to_usize},
 };
@@ -109,6 +110,10 @@ impl Asynchronous for ImageDevice {
 
     fn confirm(&self, _range: ByteRange) -> Result<()> {
         Ok(())
+    }
+
+    fn waits_for(&self) -> Key {
+        self.image.identity()
     }
 
     fn changes(&self) -> Result<&Arc<Shared>> {

@@ -6,13 +6,16 @@
 //! [`RUN_MIN`] bytes were read in order, and never more than an eighth of the run so far. Whether the bytes are in
 //! memory already, the file is asked (`file.rs`).
 
-use std::sync::{Arc, Mutex};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
+};
 
 use super::BaseImage;
 use crate::{
     device::Extent,
     error::Result,
-    exec::asynchronous::Located,
+    exec::{asynchronous::Located, pool::Pool},
     units::{ByteLen, ByteRange},
 };
 
@@ -28,19 +31,34 @@ const SLACK: u64 = 1 << 20;
 pub struct Followed {
     image: Arc<dyn BaseImage>,
     run: Mutex<Run>,
+    /// Asks for what is read ahead where whoever reads must not wait, and asking may.
+    askers: Option<Arc<Pool>>,
+    /// Whether one is at it. What would be asked for meanwhile is not: it is a hint.
+    asking: Arc<AtomicBool>,
 }
 
 impl Followed {
-    pub fn new(image: Arc<dyn BaseImage>) -> Followed {
-        Followed { image, run: Mutex::default() }
+    pub fn new(image: Arc<dyn BaseImage>, askers: Option<Arc<Pool>>) -> Followed {
+        Followed { image, run: Mutex::default(), askers, asking: Arc::default() }
     }
 
-    /// These bytes are being read.
-    fn follow(&self, range: ByteRange) {
+    /// These bytes are being read: what is to be read ahead.
+    fn follow(&self, range: ByteRange) -> Option<ByteRange> {
         // Whoever would have to wait for that is one of many in a run, and another sees to it.
-        let ahead = self.run.try_lock().ok().and_then(|mut run| run.ahead(range));
-        if let Some(part) = ahead.and_then(|ahead| ahead.intersect(ByteRange::new(0, self.image.len().0))) {
-            self.image.read_ahead(part);
+        let ahead = self.run.try_lock().ok().and_then(|mut run| run.ahead(range))?;
+        ahead.intersect(ByteRange::new(0, self.image.len().0))
+    }
+
+    /// Have another thread ask for these bytes.
+    fn ask(&self, ahead: ByteRange) {
+        if let Some(askers) = &self.askers
+            && !self.asking.swap(true, Ordering::AcqRel)
+        {
+            let (image, asking) = (self.image.clone(), self.asking.clone());
+            askers.run(self.image.identity(), move || {
+                image.read_ahead(ahead);
+                asking.store(false, Ordering::Release);
+            });
         }
     }
 }
@@ -51,7 +69,9 @@ impl BaseImage for Followed {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        self.follow(ByteRange::new(offset, buffer.len() as u64));
+        if let Some(ahead) = self.follow(ByteRange::new(offset, buffer.len() as u64)) {
+            self.image.read_ahead(ahead);
+        }
         self.image.read_at(buffer, offset)
     }
 
@@ -63,11 +83,17 @@ impl BaseImage for Followed {
         self.image.read_ahead(range);
     }
 
+    fn identity(&self) -> usize {
+        self.image.identity()
+    }
+
     fn locate(&self, range: ByteRange, found: &mut dyn FnMut(ByteRange, Located<'_>)) {
         self.image.locate(range, &mut |part, located| {
             // What waits comes by `read_at`.
-            if matches!(located, Located::File { .. }) {
-                self.follow(part);
+            if matches!(located, Located::File { .. })
+                && let Some(ahead) = self.follow(part)
+            {
+                self.ask(ahead);
             }
             found(part, located);
         });

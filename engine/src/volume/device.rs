@@ -20,6 +20,7 @@ use crate::{
     exec::{
         asynchronous::{Asynchronous, Located, Pin},
         executor::{Executor, Shared},
+        fair::Key,
         pauses::Pauses,
         ring::{Gate, Workers},
         simulated::{Planning, SteppedChange, SteppedRead},
@@ -374,6 +375,13 @@ impl Asynchronous for Volume {
         }
     }
 
+    fn waits_for(&self) -> Key {
+        match &self.backend {
+            Backend::Live(executor) => executor.waits_for(),
+            Backend::ReadOnly { view, .. } => view.waits_for(),
+        }
+    }
+
     fn changes(&self) -> Result<&Arc<Shared>> {
         match &self.backend {
             Backend::Live(executor) => executor.changes(),
@@ -451,6 +459,10 @@ impl Asynchronous for Snapshot {
 
     fn confirm(&self, _range: ByteRange) -> Result<()> {
         Ok(())
+    }
+
+    fn waits_for(&self) -> Key {
+        self.view.waits_for()
     }
 
     fn changes(&self) -> Result<&Arc<Shared>> {

@@ -1,4 +1,4 @@
-//! What a ring is told by a medium that fails: errors, full, less than was asked for.
+//! What a ring, or the thread that syncs for it, is told by a medium that fails: errors, full, less than was asked for.
 //!
 //! The simulated medium has no descriptors, so with it a worker leaves everything to threads. Here the head's data is a
 //! real file, and what the ring gets can be another one's descriptor.
@@ -81,6 +81,9 @@ impl StorageFile for SwitchedFile {
     }
 
     fn sync(&self) -> Result<()> {
+        if self.other.used.load(Ordering::SeqCst) {
+            return self.other.file.sync_data().map_err(|e| Error::io("sync", self.path(), e));
+        }
         self.real.sync()
     }
 
@@ -205,7 +208,7 @@ fn a_full_medium_fails_what_is_new_and_nothing_else_and_takes_writes_again_when_
 }
 
 #[test]
-fn a_sync_that_the_ring_says_has_failed_ends_the_volumes_writes_and_what_is_uncertain_is_not_read() {
+fn a_sync_that_fails_ends_the_volumes_writes_and_what_is_uncertain_is_not_read() {
     // It cannot be synced.
     let fixture = Fixture::new(full());
     fixture.volume.write_at(&[9; 4096], 0, Durability::Volatile).expect("written in place");

@@ -103,8 +103,9 @@ impl Rings {
         rings_offered()?;
         let sizes = Sizes::of(&Processors::read().map_err(NoRings::Processors)?);
         let threads = served.options.threads.get();
-        let pool = |name| Pool::start(name, threads, serve_io).map(Arc::new).map_err(NoRings::Ring);
-        let (waiters, callers) = (pool("fuse-wait")?, pool("fuse-call")?);
+        let waiters = Pool::start_shared("fuse-wait", threads, serve_io).map_err(NoRings::Ring)?;
+        let callers = Pool::start("fuse-call", threads, serve_io).map_err(NoRings::Ring)?;
+        let (waiters, callers) = (Arc::new(waiters), Arc::new(callers));
         let (ready, prepared) = mpsc::sync_channel(sizes.workers.len());
         let mut workers = Vec::with_capacity(sizes.workers.len());
         for (index, queues) in sizes.workers.iter().enumerate() {

@@ -116,7 +116,7 @@ impl Requests {
             Request::Call(call) => {
                 let (served, answer) = (self.served.clone(), self.answer.clone());
                 let worker = worker.handle().clone();
-                self.callers.run(move || {
+                self.callers.run(0, move || {
                     // Room for each entry's. A worker that is gone needs none.
                     let _ = answer.try_send((index, call.answer(&served)));
                     worker.wake();

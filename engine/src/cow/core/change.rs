@@ -5,8 +5,7 @@
 //! block is read from below, laid under the client's bytes and written whole. The operation owns its blocks meanwhile.
 
 use super::{
-    Action, ActionKind, CopySource, Core, Edge, Op, OpId, OpState, Output, Payload, Pending as CorePending,
-    Step,
+    ActionKind, CopySource, Core, Edge, Op, OpId, OpState, Output, Payload, Pending as CorePending, Step,
 };
 use crate::{
     cow::{
@@ -421,12 +420,18 @@ impl Core {
     }
 }
 
-impl Action {
-    /// Whether this action changes or reads an operation's buffers, so that only its owner can carry it out.
-    pub fn needs_buffers(&self) -> bool {
-        matches!(
-            self.kind,
-            ActionKind::ReadEdge { .. } | ActionKind::ReadCopy { .. } | ActionKind::Write { .. }
-        )
+impl ActionKind {
+    /// Whether it is a step of a commit: those come one after another, and take nothing of their operation's buffers.
+    pub fn is_of_commit(&self) -> bool {
+        match self {
+            ActionKind::SyncData | ActionKind::AppendLog { .. } | ActionKind::SyncMap => true,
+            ActionKind::ReadEdge { .. }
+            | ActionKind::ReadCopy { .. }
+            | ActionKind::Write { .. }
+            | ActionKind::Punch { .. }
+            | ActionKind::StageMap { .. }
+            | ActionKind::SwitchMap { .. }
+            | ActionKind::MarkFailed { .. } => false,
+        }
     }
 }

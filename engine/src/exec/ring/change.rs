@@ -1,8 +1,8 @@
-//! Carrying the actions of an operation out: writes, syncs, punches, and the reads that fill blocks.
+//! Carrying the actions of an operation out: writes, commits, punches, and the reads that fill blocks.
 //!
-//! The core says what to do, [`Buffers`] which bytes that is; here they go onto the ring. Everything that the core asks
-//! for at once is in flight at once. A change keeps its buffers until its last action has ended, also if the core was
-//! through with it before.
+//! The core says what to do, [`Buffers`] which bytes that is; here they go onto the ring, commits to a thread.
+//! Everything that the core asks for at once is in flight at once. A change keeps its buffers until its last action has
+//! ended, also if the core was through with it before.
 
 use std::sync::Arc;
 
@@ -13,8 +13,9 @@ use crate::{
     error::{Error, Result},
     exec::{
         asynchronous::Pin,
-        carrier::{Carrier, ChangeId, Message, Planned, Reporter},
+        carrier::{Carrier, ChangeId, Message, Planned, Reporter, carry_commit},
         executor::Shared,
+        fair::key_of,
         request::{Buffers, Work, run_procedure},
         storage::StorageFile,
     },
@@ -45,7 +46,7 @@ impl Worker {
             (Lease::Write { data, .. }, Some(Ok(reserve))) => match check_length(data.len() as u64) {
                 Ok(()) if reserve.is_spent() => {
                     let task = self.new_task(TaskKind::Admission { device, lease, token });
-                    self.by_thread(task, move || reserve.admit());
+                    self.by_thread(task, key_of(&reserve), move || reserve.admit());
                     return self.part_ended(task, Ok(()));
                 }
                 Ok(()) => return self.submit_change(device, lease, token),
@@ -99,6 +100,9 @@ impl Worker {
             return debug_assert!(false, "{id:?} is told something after its end");
         };
         change.actions += 1;
+        if planned.action.kind.is_of_commit() {
+            return self.commit(id, planned);
+        }
         let prepared = Prepared::of(change.buffers.begin(&planned.action.kind, &planned.live.head));
         let live = planned.live.clone();
         let task = self.new_task(TaskKind::Action { change: id, planned });
@@ -115,22 +119,39 @@ impl Worker {
                 self.fly_write(task, file, offset, bytes);
                 Ok(())
             }
-            Prepared::Sync { file } => {
-                self.fly_sync(task, file);
-                Ok(())
-            }
             Prepared::Punch { file, range } => {
                 self.fly_punch(task, file, range);
                 Ok(())
             }
-            // Housekeeping, which belongs to no operation.
-            Prepared::Procedure => match self.tasks.get_mut(task).map(|task| &task.kind) {
+            // Commits were seen to; procedures are housekeeping, which belongs to no operation.
+            Prepared::Sync | Prepared::Procedure => match self.tasks.get_mut(task).map(|task| &task.kind) {
                 Some(TaskKind::Action { planned, .. }) => run_procedure(&planned.action.kind, &live.head),
                 _ => Ok(()),
             },
         };
         drop(live);
         self.part_ended(task, result);
+    }
+
+    /// Leave a commit to a thread. The ring would do no better: for what a sync, or a buffered write, waits the kernel
+    /// has threads of its own, which cost more than ours and change with each step.
+    fn commit(&mut self, id: ChangeId, first: Planned) {
+        let Some(change) = self.changes.get_mut(id.0) else { return };
+        let (shared, post) = (change.shared.clone(), self.post().clone());
+        let task = self.new_task(TaskKind::Commit { change: id });
+        self.by_thread(task, key_of(&shared), move || {
+            carry_commit(&shared, first, &post, id);
+            Ok(())
+        });
+        self.part_ended(task, Ok(()));
+    }
+
+    /// The thread of a commit is through; what became of it, the core has told who waits.
+    pub(super) fn commit_ended(&mut self, id: ChangeId) {
+        if let Some(change) = self.changes.get_mut(id.0) {
+            change.actions -= 1;
+        }
+        self.end_change(id);
     }
 
     pub(super) fn action_ended(&mut self, id: ChangeId, planned: Planned, result: Result<()>) {
@@ -158,7 +179,7 @@ impl Worker {
 enum Prepared {
     Read { segments: Vec<Segment>, start: ByteOffset, into: Lent },
     Write { file: Arc<dyn StorageFile>, offset: u64, bytes: Lent },
-    Sync { file: Arc<dyn StorageFile> },
+    Sync,
     Punch { file: Arc<dyn StorageFile>, range: ByteRange },
     Procedure,
 }
@@ -181,7 +202,7 @@ impl Prepared {
                 let bytes = unsafe { Lent::of_source(bytes) };
                 Prepared::Write { file, offset, bytes }
             }
-            Work::Sync { file } => Prepared::Sync { file },
+            Work::Sync { .. } => Prepared::Sync,
             Work::Punch { file, range } => Prepared::Punch { file, range },
             Work::Procedure => Prepared::Procedure,
         }

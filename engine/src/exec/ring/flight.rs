@@ -2,7 +2,8 @@
 //!
 //! Owns [`Flight`] and [`Task`]. A task is a client's read or one action of a change; it has ended when all its flights
 //! have. What the ring cannot do, or does not do well, is left to a thread that may wait, which then says what is wrong:
-//! so an error reads the same whoever met it. Only a write or a sync that failed is not tried again.
+//! so an error reads the same whoever met it. Only a write that failed is not tried again. Syncs are a commit's, which
+//! is a thread's.
 
 use std::{
     io,
@@ -28,6 +29,7 @@ use crate::{
         buffer::AlignedBuffer,
         carrier::{ChangeId, Planned},
         executor::Live,
+        fair::{Key, key_of},
         storage::StorageFile,
     },
     units::{ByteLen, ByteRange, to_usize},
@@ -80,7 +82,6 @@ pub(super) struct Flight {
 pub(super) enum Work {
     Read(ReadWork),
     Write(WriteWork),
-    Sync(Arc<dyn StorageFile>),
     Punch(Arc<dyn StorageFile>, ByteRange),
     /// Whatever a thread does.
     Thread,
@@ -133,6 +134,10 @@ pub(super) enum TaskKind {
         change: ChangeId,
         planned: Planned,
     },
+    /// A commit, which a thread carries out and tells the core of.
+    Commit {
+        change: ChangeId,
+    },
     /// A request of a device that only waits.
     Whole {
         device: Arc<dyn BlockDevice>,
@@ -173,11 +178,16 @@ impl Worker {
         self.flights.insert(Flight { task, work })
     }
 
-    /// Let a thread that may wait do a part of a task.
-    pub(super) fn by_thread(&mut self, task: u32, job: impl FnOnce() -> Result<()> + Send + 'static) {
+    /// Let a thread that may wait do a part of a task. What hangs with jobs of one key leaves threads for other keys.
+    pub(super) fn by_thread(
+        &mut self,
+        task: u32,
+        key: Key,
+        job: impl FnOnce() -> Result<()> + Send + 'static,
+    ) {
         let flight = self.new_flight(task, Work::Thread);
         let answer = Answer { post: self.post().clone(), flight, result: None };
-        self.pool.run(move || {
+        self.pool.run(key, move || {
             // What it calls must not come back to a worker.
             begin_serving();
             let mut answer = answer;
@@ -189,12 +199,7 @@ impl Worker {
     /// All of a request, for a device that only waits.
     pub(super) fn leave_to_thread(&mut self, device: Arc<dyn BlockDevice>, lease: Lease, token: u32) {
         let task = self.new_task(TaskKind::Whole { device: device.clone(), token });
-        self.by_thread(task, move || match lease {
-            Lease::Read { offset, into } => device.read_at(into.bytes_mut(), offset),
-            Lease::Write { offset, data, durability } => device.write_at(data.bytes(), offset, durability),
-            Lease::Zero { range, durability } => device.zero(range, durability),
-            Lease::Flush => device.flush(),
-        });
+        self.by_thread(task, key_of(&device), move || lease.carry_out(&*device));
         self.part_ended(task, Ok(()));
     }
 
@@ -206,24 +211,11 @@ impl Worker {
         match (work, landing) {
             (Work::Read(work), Landing::Ring(result)) => self.read_landed(task, work, result),
             (Work::Write(work), Landing::Ring(result)) => self.write_landed(task, work, result),
-            (Work::Sync(file), Landing::Ring(result)) => match check("sync", &*file, result) {
-                Checked::Done(_) => self.part_ended(task, Ok(())),
-                Checked::Failed(error) => self.part_ended(task, Err(error)),
-                Checked::Interrupted(Errno::EINTR | Errno::ECANCELED) => {
-                    self.by_thread(task, move || file.sync());
-                    self.part_ended(task, Ok(()));
-                }
-                // It may be what became of writes, which the next sync would not tell again.
-                Checked::Interrupted(errno) => {
-                    let error = Error::io("sync", file.path(), errno.into());
-                    self.part_ended(task, Err(error));
-                }
-            },
             (Work::Punch(file, range), Landing::Ring(result)) => match check("punch", &*file, result) {
                 Checked::Done(_) => self.part_ended(task, Ok(())),
                 Checked::Failed(error) => self.part_ended(task, Err(error)),
-                Checked::Interrupted(_) => {
-                    self.by_thread(task, move || file.punch(range));
+                Checked::Interrupted => {
+                    self.by_thread(task, key_of(&file), move || file.punch(range));
                     self.part_ended(task, Ok(()));
                 }
             },
@@ -280,10 +272,10 @@ impl Worker {
                 self.bounces.put(work.bounce.take());
                 return self.part_ended(task, Err(error));
             }
-            Checked::Interrupted(_) => {
+            Checked::Interrupted => {
                 self.bounces.put(work.bounce.take());
                 let WriteWork { file, offset, bytes, .. } = work;
-                self.by_thread(task, move || file.write_at(bytes.bytes(), offset));
+                self.by_thread(task, key_of(&file), move || file.write_at(bytes.bytes(), offset));
             }
         }
         self.part_ended(task, Ok(()));
@@ -317,14 +309,14 @@ impl Worker {
     /// Put a write onto the ring.
     pub(super) fn fly_write(&mut self, task: u32, file: Arc<dyn StorageFile>, offset: u64, bytes: Lent) {
         let Some((fd, cache)) = file.descriptor().map(|file| (file.fd.as_raw_fd(), file.cache)) else {
-            return self.by_thread(task, move || file.write_at(bytes.bytes(), offset));
+            return self.by_thread(task, key_of(&file), move || file.write_at(bytes.bytes(), offset));
         };
         let (mut source, mut bounce) = (bytes, None);
         if let Cache::Direct { align } = cache
             && !bytes.is_aligned(to_usize(align))
         {
             let Some(mut buffer) = self.bounces.take(bytes.len()) else {
-                return self.by_thread(task, move || file.write_at(bytes.bytes(), offset));
+                return self.by_thread(task, key_of(&file), move || file.write_at(bytes.bytes(), offset));
             };
             buffer[..bytes.len()].copy_from_slice(bytes.bytes());
             #[expect(unsafe_code, reason = "the kernel reads a buffer of the flight")]
@@ -336,17 +328,9 @@ impl Worker {
         self.ring.write(fd, offset, source, flight);
     }
 
-    pub(super) fn fly_sync(&mut self, task: u32, file: Arc<dyn StorageFile>) {
-        let Some(fd) = file.descriptor().map(|file| file.fd.as_raw_fd()) else {
-            return self.by_thread(task, move || file.sync());
-        };
-        let flight = self.new_flight(task, Work::Sync(file));
-        self.ring.sync(fd, flight);
-    }
-
     pub(super) fn fly_punch(&mut self, task: u32, file: Arc<dyn StorageFile>, range: ByteRange) {
         let Some(fd) = file.descriptor().map(|file| file.fd.as_raw_fd()) else {
-            return self.by_thread(task, move || file.punch(range));
+            return self.by_thread(task, key_of(&file), move || file.punch(range));
         };
         let flight = self.new_flight(task, Work::Punch(file, range));
         self.ring.punch(fd, range, flight);
@@ -365,7 +349,13 @@ impl Worker {
             }
             _ => return debug_assert!(false, "only reads and actions have bytes to read"),
         };
-        self.by_thread(task, move || match reader {
+        let key = match &reader {
+            Reader::Device(device) => {
+                device.asynchronous().map_or(key_of(device), |device| device.waits_for())
+            }
+            Reader::Layer(live, _) => live.view.waits_for(),
+        };
+        self.by_thread(task, key, move || match reader {
             Reader::Device(device) => device.read_at(into.bytes_mut(), range.start.0),
             Reader::Layer(live, place) => live.view.read_segment(Segment { range, place }, into.bytes_mut()),
         });
@@ -390,6 +380,7 @@ impl Worker {
                 self.end(device, token, result);
             }
             TaskKind::Action { change, planned } => self.action_ended(change, planned, result),
+            TaskKind::Commit { change } => self.commit_ended(change),
             TaskKind::Whole { device, token } => self.end(device, token, result),
             TaskKind::Admission { device, lease, token } => match result {
                 Ok(()) => self.submit_change(device, lease, token),
@@ -401,14 +392,14 @@ impl Worker {
     /// Whoever is the last to hold a volume waits for its housekeeping and closes its files.
     pub(super) fn let_go(&mut self, device: Arc<dyn BlockDevice>) {
         if Arc::strong_count(&device) == 1 {
-            self.pool.run(move || drop(device));
+            self.pool.run(key_of(&device), move || drop(device));
         }
     }
 
     /// Whoever is the last to follow a view closes its files, and so gives the space of those that were removed back.
     pub(super) fn unpin(&mut self, pin: Pin) {
         if pin.is_last() {
-            self.pool.run(move || drop(pin));
+            self.pool.run(0, move || drop(pin));
         }
     }
 }
@@ -417,7 +408,7 @@ enum Checked {
     Done(usize),
     Failed(Error),
     /// Nothing has happened, and nothing is wrong with the file.
-    Interrupted(Errno),
+    Interrupted,
 }
 
 fn check(op: &'static str, file: &dyn StorageFile, result: i32) -> Checked {
@@ -425,7 +416,7 @@ fn check(op: &'static str, file: &dyn StorageFile, result: i32) -> Checked {
         Ok(count) => Checked::Done(count),
         Err(_) => match Errno::from_raw(-result) {
             // The kernel cancels what it has no thread for.
-            errno @ (Errno::EINTR | Errno::EAGAIN | Errno::ECANCELED) => Checked::Interrupted(errno),
+            Errno::EINTR | Errno::EAGAIN | Errno::ECANCELED => Checked::Interrupted,
             errno => Checked::Failed(Error::io(op, file.path(), io::Error::from(errno))),
         },
     }
@@ -507,23 +498,5 @@ mod tests {
         file.read_at(&mut found, 0).expect("all is there");
         assert!(found[..1000].iter().all(|byte| *byte == 0), "nobody has written these");
         assert!(found[1000..].iter().all(|byte| *byte == 7));
-    }
-
-    #[test]
-    fn a_sync_that_was_interrupted_or_not_begun_is_repeated_and_one_that_failed_in_any_way_is_not() {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        let storage = FileStorage::open(dir.path()).expect("opens");
-        let file = storage.open("file", Open::Create).expect("created");
-        let mut worker =
-            Worker::new(Arc::new(Pool::start("waiter", 1, || {}).expect("threads"))).expect("a ring");
-        let errnos = [Errno::EINTR, Errno::ECANCELED, Errno::EAGAIN, Errno::EIO];
-        for (token, (errno, expected)) in (0..).zip(errnos.into_iter().zip([true, true, false, false])) {
-            let task = worker.new_task(TaskKind::Whole { device: nothing(), token });
-            let flight = worker.new_flight(task, Work::Sync(file.clone()));
-            worker.part_ended(task, Ok(()));
-            worker.land(flight, Landing::Ring(-(errno as i32)));
-            let result = worker.wait_for_end(token);
-            assert_eq!(result.is_ok(), expected, "{errno}: {result:?}");
-        }
     }
 }

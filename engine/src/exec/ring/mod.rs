@@ -11,7 +11,6 @@
 //! kernel's queues.
 
 mod change;
-mod fair;
 mod flight;
 mod read;
 mod service;

@@ -22,6 +22,9 @@ use crate::{
 
 /// Parts of one read that fly at a time; what follows them is read by one thread.
 const PARTS_MAX: usize = 64;
+/// Bytes of one read that the worker copies, or fills with zeros, itself: whoever asks for more waits for a thread, and
+/// nobody else for that.
+const COPIED_MAX: usize = 1 << 20;
 
 impl Worker {
     pub(super) fn begin_read(&mut self, device: Arc<dyn BlockDevice>, offset: u64, into: Lent, token: u32) {
@@ -72,6 +75,7 @@ pub(super) struct Gathering<'a> {
     run: Option<Run>,
     waits: Option<ByteRange>,
     parts: usize,
+    copied: usize,
 }
 
 impl<'a> Gathering<'a> {
@@ -83,7 +87,7 @@ impl<'a> Gathering<'a> {
         into: Lent,
         place: Option<Place>,
     ) -> Gathering<'a> {
-        Gathering { worker, task, start, into, place, run: None, waits: None, parts: 0 }
+        Gathering { worker, task, start, into, place, run: None, waits: None, parts: 0, copied: 0 }
     }
 
     pub fn found(&mut self, range: ByteRange, located: Located<'_>) {
@@ -104,6 +108,7 @@ impl<'a> Gathering<'a> {
                 self.end_run();
                 self.run = Some(Run { range, fd, cache, offset });
             }
+            Located::Zeros | Located::Bytes(_) if !self.may_copy(range) => self.wait_for(range),
             Located::Zeros => self.lent(range).bytes_mut().fill(0),
             Located::Bytes(bytes) => self.lent(range).bytes_mut().copy_from_slice(bytes),
             Located::Waits => self.wait_for(range),
@@ -119,8 +124,17 @@ impl<'a> Gathering<'a> {
         self.into.part(range.start.since(self.start).as_usize(), range.len.as_usize())
     }
 
+    /// Whether the worker has the time to copy these bytes itself.
+    fn may_copy(&mut self, range: ByteRange) -> bool {
+        self.copied += range.len.as_usize();
+        self.copied <= COPIED_MAX
+    }
+
     fn end_run(&mut self) {
         let Some(Run { range, fd, cache, offset }) = self.run.take() else { return };
+        if cache == Cache::Buffered && !self.may_copy(range) {
+            return self.wait_for(range);
+        }
         let into = self.lent(range);
         let done = match cache {
             Cache::Buffered => into.fill_from_cache(fd, offset),

@@ -30,7 +30,7 @@ pub const HAND_IN_MAX: usize = 1024;
 /// How long a submitter waits for either.
 pub const HAND_IN_WAIT_MAX: Duration = Duration::from_secs(10);
 /// Threads for what a ring cannot do.
-const WAITERS: usize = 4;
+const WAITERS: usize = 8;
 
 thread_local! {
     /// Whether this thread serves requests, so that it must not wait for their end.
@@ -140,7 +140,7 @@ impl Workers {
     /// Start `count` workers; each thread, and each that waits for them, runs `on_start` first. Fails where the kernel
     /// has no io_uring, or does not let us.
     pub fn start(count: usize, taking: Taking, on_start: ThreadStart) -> Result<Workers> {
-        let pool = Arc::new(Pool::start("waiter", WAITERS, on_start)?);
+        let pool = Arc::new(Pool::start_shared("waiter", WAITERS, on_start)?);
         let mut workers = Workers { queues: Vec::new(), threads: Vec::new(), taking, _pool: pool.clone() };
         for n in 0..count.max(1) {
             let (sender, receiver) = bounded(HAND_IN_MAX);

@@ -99,12 +99,6 @@ impl Ring {
         self.push(squeue::Entry128::from(entry.user_data(Tag::Flight(flight).encode())));
     }
 
-    /// Data, size and extents.
-    pub fn sync(&mut self, fd: RawFd, flight: u32) {
-        let entry = opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build();
-        self.push(squeue::Entry128::from(entry.user_data(Tag::Flight(flight).encode())));
-    }
-
     pub fn punch(&mut self, fd: RawFd, range: ByteRange, flight: u32) {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let entry =
@@ -188,7 +182,7 @@ fn outcome(entered: io::Result<usize>) -> Result<()> {
         Ok(_) => Ok(()),
         Err(e) => match Errno::from_raw(e.raw_os_error().unwrap_or_default()) {
             // Interrupted, time over, or short of memory: completions make room.
-            Errno::EINTR | Errno::ETIME | Errno::EBUSY | Errno::EAGAIN => Ok(()),
+            Errno::EINTR | Errno::ETIME | Errno::EBUSY | Errno::EAGAIN | Errno::ENOMEM => Ok(()),
             _ => Err(Error::io("enter", "io_uring", e)),
         },
     }

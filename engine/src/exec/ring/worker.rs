@@ -15,7 +15,6 @@ use io_uring::squeue;
 use super::{
     Handle, Window,
     change::Change,
-    fair::{Key, Limits, Places},
     flight::{Bounces, Flight, Landing, Task},
     slab::Slab,
     submission::{Ring, Tag},
@@ -28,6 +27,7 @@ use crate::{
     exec::{
         carrier::{ChangeId, Message},
         executor::CLOSE_WAIT_MAX,
+        fair::{Key, Limits, Places, key_of},
         pool::Pool,
     },
     units::ByteRange,
@@ -73,6 +73,18 @@ pub(super) enum Lease {
     Flush,
 }
 
+impl Lease {
+    /// All of it by the calling thread, which waits.
+    pub fn carry_out(self, device: &dyn BlockDevice) -> Result<()> {
+        match self {
+            Lease::Read { offset, into } => device.read_at(into.bytes_mut(), offset),
+            Lease::Write { offset, data, durability } => device.write_at(data.bytes(), offset, durability),
+            Lease::Zero { range, durability } => device.zero(range, durability),
+            Lease::Flush => device.flush(),
+        }
+    }
+}
+
 /// What runs on a worker besides the engine itself.
 pub trait FrontEnd {
     /// A command of [`Worker::push_command`] has completed with this result: not negative, or an error number negated.
@@ -98,10 +110,6 @@ struct Ended {
     key: Key,
     token: u32,
     result: Result<()>,
-}
-
-fn key_of(device: &Arc<dyn BlockDevice>) -> Key {
-    Arc::as_ptr(device).cast::<()>().addr()
 }
 
 impl std::fmt::Debug for dyn BlockDevice {

@@ -1,22 +1,26 @@
-//! Places for requests: a limit for all, a limit for each device, and turns for those that wait.
+//! Places for requests and jobs: a limit for all, a limit for each device or file, and turns for those that wait.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use rustc_hash::FxHashMap;
 
-/// Tells devices apart while they have requests.
-pub(super) type Key = usize;
+/// Tells devices, files and volumes apart while they have requests: where they are in memory.
+pub type Key = usize;
+
+pub fn key_of<T: ?Sized>(what: &Arc<T>) -> Key {
+    Arc::as_ptr(what).cast::<()>().addr()
+}
 
 /// How many requests may be under way.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub struct Limits {
     pub all: usize,
     pub each: usize,
 }
 
 /// Who has how many places, and what waits for one.
 #[derive(Debug)]
-pub(super) struct Places<T> {
+pub struct Places<T> {
     limits: Limits,
     lines: FxHashMap<Key, Line<T>>,
     /// Lines that need nothing but a place.
