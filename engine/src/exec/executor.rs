@@ -188,6 +188,20 @@ impl Shared {
         self.keep_house(housekeeping);
     }
 
+    /// Take no more changes, as after a sync that failed with `error`. To be called before the actions of which nobody
+    /// knows the end are reported.
+    pub(super) fn fail(self: &Arc<Self>, error: &Error, reporter: &mut Reporter<'_>) {
+        let housekeeping = {
+            let mut state = self.lock();
+            let step = state.core.lose(error);
+            if let Some(blocks) = state.core.uncertain() {
+                self.uncertain.get_or_init(|| blocks.clone());
+            }
+            state.dispatch(step, &self.live.load(), reporter)
+        };
+        self.keep_house(housekeeping);
+    }
+
     pub(super) fn housekeeper(&self) -> &Pool {
         &self.housekeeper
     }

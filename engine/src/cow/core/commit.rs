@@ -148,6 +148,8 @@ impl Core {
             debug_assert!(false, "no commit is running");
             return;
         };
+        // What failed meanwhile was told to whoever asked: a commit does not go on as if nothing were uncertain.
+        let result = if self.failed().is_some() { result.and(Err(self.failure())) } else { result };
         match (result, stage) {
             (Err(error), _) => {
                 let waiters = match &mut self.commit {

@@ -26,6 +26,14 @@ impl Core {
         }
     }
 
+    /// Fail as after a sync: nobody hears of the end of actions that an executor is about to report as failed.
+    pub fn lose(&mut self, error: &Error) -> Step {
+        let mut step = Step::default();
+        self.fail(&mut step, error, Vec::new());
+        self.pump(&mut step);
+        step
+    }
+
     /// What changed since the last commit that succeeded, or may be changing just now.
     fn changed_since_commit(&self) -> BlockSet {
         let mut blocks = BlockSet::default();

@@ -35,6 +35,20 @@ pub(super) struct Change {
     done: Option<Result<()>>,
 }
 
+impl Change {
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub fn token(&self) -> u32 {
+        self.token
+    }
+
+    pub fn has_actions(&self) -> bool {
+        self.actions > 0
+    }
+}
+
 impl Worker {
     pub(super) fn begin_change(&mut self, device: Arc<dyn BlockDevice>, lease: Lease, token: u32) {
         let changes = device.asynchronous().map(|device| device.changes().map(|shared| shared.reserve()));
@@ -102,6 +116,10 @@ impl Worker {
         change.actions += 1;
         if planned.action.kind.is_of_commit() {
             return self.commit(id, planned);
+        }
+        if let Some(error) = &self.stranded {
+            let error = error.clone();
+            return self.action_ended(id, planned, Err(error));
         }
         let prepared = Prepared::of(change.buffers.begin(&planned.action.kind, &planned.live.head));
         let live = planned.live.clone();

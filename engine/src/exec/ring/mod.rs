@@ -7,7 +7,7 @@
 //! executor; see `docs/decisions/0008-*`.
 //!
 //! `read.rs` gets the bytes of a range, `change.rs` carries the actions of an operation out, `flight.rs` knows what one
-//! entry of the ring means when it completes; `window.rs` and `submission.rs` are all that touches lent memory and the
+//! entry of the ring means when it completes, `stranded.rs` what becomes of it when none does; `window.rs` and `submission.rs` are all that touches lent memory and the
 //! kernel's queues.
 
 mod change;
@@ -15,6 +15,7 @@ mod flight;
 mod read;
 mod service;
 mod slab;
+mod stranded;
 mod submission;
 mod wake;
 mod window;

@@ -115,7 +115,7 @@ enum Handed {
     Lent(Lease),
 }
 
-struct Submission {
+pub(super) struct Submission {
     device: Arc<dyn BlockDevice>,
     handed: Handed,
     answer: Answer,
@@ -300,7 +300,7 @@ enum Memory {
     Lent,
 }
 
-fn serve(mut worker: Worker, queue: Receiver<Submission>) {
+pub(super) fn serve(mut worker: Worker, queue: Receiver<Submission>) {
     let mut intake = Intake { queue, requests: Slab::with_capacity(SUBMITTED_MAX) };
     let quiet = match catch_unwind(AssertUnwindSafe(|| worker.run(&mut intake))) {
         Ok(Ok(())) => Ok(()),
@@ -314,9 +314,10 @@ fn serve(mut worker: Worker, queue: Receiver<Submission>) {
         }
     };
     if quiet.is_err() {
-        // Their memory may still be written to. A caller who lent it never hears of its end, as one whose own call
-        // to the system hangs; the others do, but their buffers are lost.
-        for Taken { memory, answer } in intake.requests.take() {
+        // The memory of these may still be used. A caller who lent it never hears of its end, as one whose own call to
+        // the system hangs; the others do, but their buffers are lost.
+        for token in worker.held() {
+            let Some(Taken { memory, answer }) = intake.requests.remove(token) else { continue };
             match memory {
                 Memory::Owned(buffer) => std::mem::forget(buffer),
                 Memory::Lent => std::mem::forget(answer),

@@ -35,10 +35,8 @@ impl<T> Slab<T> {
         Some(entry)
     }
 
-    /// All entries, of which none is left.
-    pub fn take(&mut self) -> impl Iterator<Item = T> {
-        self.free.clear();
-        std::mem::take(&mut self.entries).into_iter().flatten()
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.entries.iter().flatten()
     }
 
     pub fn is_empty(&self) -> bool {

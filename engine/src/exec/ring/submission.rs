@@ -172,6 +172,18 @@ impl Ring {
     }
 }
 
+#[cfg(test)]
+impl Ring {
+    /// From now on the kernel knows nothing of this ring.
+    pub fn break_down(&mut self) {
+        let null = std::fs::File::open("/dev/null").expect("every Linux has it");
+        #[expect(unsafe_code, reason = "the descriptor becomes another file")]
+        // SAFETY: it is the ring's own, which stays open, and is closed once, as that file.
+        let duplicated = unsafe { libc::dup2(null.as_raw_fd(), self.ring.as_raw_fd()) };
+        assert_eq!(duplicated, self.ring.as_raw_fd());
+    }
+}
+
 /// Requests are far shorter than 4 GiB; one that is not comes in short pieces.
 fn length(lent: Lent) -> u32 {
     u32::try_from(lent.len()).unwrap_or(1 << 30)

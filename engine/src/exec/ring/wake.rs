@@ -3,9 +3,13 @@
 //! Owns [`Post`], a worker's inbox, and [`Handle`], what others see of it. What is put into the inbox is bounded by what
 //! the worker has asked for: the ends of its threads' jobs, the actions and ends of its operations.
 
-use std::sync::Arc;
+use std::{os::fd::AsFd, sync::Arc, time::Duration};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::{EfdFlags, EventFd},
+};
 
 use crate::{
     error::{Error, Result},
@@ -85,6 +89,20 @@ impl Post {
         self.stopping.load(Ordering::Acquire)
     }
 
+    /// Sleep as a worker without a ring does, after [`Post::may_sleep`].
+    pub(super) fn wait(&self, patience: Option<Duration>) -> Result<()> {
+        let patience = patience.map_or(PollTimeout::NONE, |patience| {
+            PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX)
+        });
+        match poll(&mut [PollFd::new(self.event.as_fd(), PollFlags::POLLIN)], patience) {
+            Ok(_) | Err(Errno::EINTR) => {
+                let _ = self.event.read();
+                Ok(())
+            }
+            Err(errno) => Err(Error::io("wait for", "eventfd", errno.into())),
+        }
+    }
+
     pub(super) fn event(&self) -> &EventFd {
         &self.event
     }
@@ -130,9 +148,6 @@ impl Handle {
 /// Run by `cargo test -p bedplate-engine --features shuttle --lib schedules`, see [`crate::sync`].
 #[cfg(all(test, feature = "shuttle"))]
 mod schedules {
-    use std::os::fd::AsFd;
-
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use shuttle::{Config, MaxSteps, Runner, scheduler::RandomScheduler, thread};
 
     use super::*;

@@ -136,6 +136,8 @@ pub struct Worker {
     /// Flights that have landed so far.
     landings: u64,
     pub(super) stopping: Stopping,
+    /// Why the ring is not used any more, if so.
+    pub(super) stranded: Option<Error>,
     /// Requests that have ended and whose front end does not know yet.
     ended: VecDeque<Ended>,
     /// The kernel takes submissions from the thread that made the ring only.
@@ -162,6 +164,7 @@ impl Worker {
             landed: VecDeque::with_capacity(IN_FLIGHT_OF_DEVICE_MAX),
             landings: 0,
             stopping: Stopping { patience: CLOSE_WAIT_MAX, last: None },
+            stranded: None,
             ended: VecDeque::with_capacity(IN_FLIGHT_OF_DEVICE_MAX),
             _own_thread: PhantomData,
         })
@@ -271,12 +274,19 @@ impl Worker {
             || !self.landed.is_empty()
             || !self.ended.is_empty()
             || !self.messages.is_empty();
-        if !busy && self.post().may_sleep() {
-            let waited = self.ring.wait(patience);
+        let sleeps = !busy && self.post().may_sleep();
+        let entered = match (&self.stranded, sleeps) {
+            (None, true) => self.ring.wait(patience),
+            (None, false) => self.ring.enter(),
+            (Some(_), true) => self.post().wait(patience),
+            (Some(_), false) => Ok(()),
+        };
+        if sleeps {
             self.post().awake();
-            waited?;
-        } else {
-            self.ring.enter()?;
+        }
+        if let Err(error) = entered {
+            self.strand(&error);
+            return Err(error);
         }
         while let Some(completion) = self.ring.next() {
             match completion.tag {
@@ -331,7 +341,8 @@ impl Worker {
         self.places.is_quiet() && self.flights.is_empty()
     }
 
-    /// Wait until nothing is under way, without a front end.
+    /// Wait until nothing is under way, without a front end. An error if something is that has no end: see
+    /// [`Worker::held`].
     pub(super) fn finish(&mut self) -> Result<()> {
         // What has not begun does not begin any more.
         self.places.turn_away();
@@ -342,8 +353,14 @@ impl Worker {
             if self.is_quiet() {
                 return Ok(());
             }
+            if let Some(error) = &self.stranded
+                && self.is_only_stranded()
+            {
+                return Err(error.clone());
+            }
             let patience = self.stopping.patience(self.landings)?;
-            self.enter(Some(patience))?;
+            // Without its ring it goes on.
+            let _ = self.enter(Some(patience));
             self.land_some();
         }
     }
@@ -352,7 +369,7 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         if let Err(error) = self.finish() {
-            tracing::warn!(%error, "a worker was closed while a medium does not answer");
+            tracing::warn!(%error, "a worker was closed with requests that do not end");
             // The kernel, or a thread, may still write to what these own.
             std::mem::forget(std::mem::replace(&mut self.flights, Slab::with_capacity(0)));
             std::mem::forget(std::mem::replace(&mut self.tasks, Slab::with_capacity(0)));
