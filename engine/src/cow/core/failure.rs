@@ -80,3 +80,60 @@ impl Core {
         moved
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{
+        cow::{
+            core::{HeadState, Op, Output, Synced},
+            frozen::FrozenIndex,
+            head::HeadIndex,
+            map::{
+                checkpoint::{self, LogLen},
+                log::LogEnd,
+            },
+            plan::Index,
+        },
+        device::Durability,
+        units::{BlockCount, ByteLen, ByteRange},
+    };
+
+    fn core() -> Core {
+        let (layer, blocks) = (Uuid::from_u128(1), BlockCount(16));
+        let head = HeadIndex::new(blocks);
+        let (_, header) = checkpoint::encode(layer, 1, 0, &head, LogLen::Live { least: 16 << 10 });
+        let (log, log_offset) = (LogEnd::start(&header), header.log_offset);
+        let (frozen, base_len) = (FrozenIndex::empty(), ByteLen(0));
+        let index = Arc::new(Index { size: blocks.len(), head: Arc::new(head), frozen, base_len });
+        Core::new(HeadState { index, layer, log, log_offset, synced: Synced::Yes }, 512)
+    }
+
+    #[test]
+    fn a_commit_under_way_when_the_layer_fails_otherwise_goes_no_further_and_its_flush_is_told_after_the_mark()
+     {
+        let mut core = core();
+        let write = |at| Op::Write { range: ByteRange::new(at, 4096), durability: Durability::Volatile };
+        let (_, written) = core.submit(write(0)).expect("admitted");
+        let landed = core.complete(written.actions[0].id, Ok(Output::Done));
+        assert!(matches!(landed.finished[..], [(_, Ok(()))]));
+        let (lost, losing) = core.submit(write(4096)).expect("admitted");
+        let (flush, commit) = core.submit(Op::Flush).expect("admitted");
+        assert!(matches!(commit.actions[0].kind, ActionKind::SyncData));
+
+        let error = Error::Invalid("the ring is gone".into());
+        let failed = core.lose(&error);
+        assert!(matches!(failed.actions[..], [_]) && failed.finished.is_empty());
+        assert!(matches!(failed.actions[0].kind, ActionKind::MarkFailed { .. }));
+        let synced = core.complete(commit.actions[0].id, Ok(Output::Done));
+        assert!(synced.actions.is_empty() && synced.finished.is_empty(), "{synced:?}");
+        let ended = core.complete(losing.actions[0].id, Err(error));
+        assert!(matches!(ended.finished[..], [(op, Err(_))] if op == lost));
+        let marked = core.complete(failed.actions[0].id, Ok(Output::Done));
+        assert!(matches!(marked.finished[..], [(op, Err(Error::Failed { .. }))] if op == flush));
+        assert!(core.is_quiet());
+        assert_eq!(core.uncertain().expect("it has failed").iter().count(), 1, "both blocks, in one run");
+    }
+}
