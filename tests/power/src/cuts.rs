@@ -86,7 +86,8 @@ pub fn execute(plan: &Plan, guest: &Image, dir: &Path, mut progress: impl FnMut(
         let seed = Dice::of(&[plan.seed, round]).next() >> 16;
         let points = plan.points_per_kill.min(plan.cuts - report.cuts - 1);
         let life = Life { plan, guest, dir, fs, executor, seed };
-        life.live(points, &mut report).with_context(|| format!("run {round}: seed {seed}, {fs}, {executor}"))?;
+        life.live(points, &mut report)
+            .with_context(|| format!("run {round}: seed {seed}, {fs}, {executor}"))?;
         report.seconds = started.elapsed().as_secs();
         progress(&report);
     }
@@ -108,7 +109,8 @@ impl Life<'_> {
         let content = image(self.seed);
         let base = self.prepare(&content)?;
         let log = self.run_guest(&base, &mut dice)?;
-        let ready = log.iter().position(|entry| *entry == Entry::Note("ready".to_owned())).context("it was ready")?;
+        let ready =
+            log.iter().position(|entry| *entry == Entry::Note("ready".to_owned())).context("it was ready")?;
         let bench = Bench {
             program: &self.plan.program,
             executor: self.executor,
@@ -155,7 +157,8 @@ impl Life<'_> {
         make.file_system(self.fs)?;
         fs::write(&source, content)?;
         let mounted = Mounted::new(&base, &self.dir.join("disk"))?;
-        let node = Node::start(&self.plan.program, "blocking", &self.dir.join("disk"), &self.dir.join("node"))?;
+        let node =
+            Node::start(&self.plan.program, "blocking", &self.dir.join("disk"), &self.dir.join("node"))?;
         node.cli(&format!("image create base --from {} --wait", source.display()))?;
         for writer in 0..WRITERS {
             node.cli(&format!("volume create v{writer} --image base --size {}", VOLUME_SECTORS * 512))?;
@@ -185,10 +188,16 @@ impl Life<'_> {
         let deadline = Instant::now() + GUEST_DEADLINE;
         let prefix = "durable 0 ";
         while !disk.noted(|text| {
-            text.strip_prefix(prefix).and_then(|number| number.parse::<u64>().ok()).is_some_and(|number| number >= enough)
+            text.strip_prefix(prefix)
+                .and_then(|number| number.parse::<u64>().ok())
+                .is_some_and(|number| number >= enough)
         }) {
             ensure!(guest.is_running()?, "the guest ended: {}", guest.console());
-            ensure!(Instant::now() < deadline, "the guest is too slow; its console says: {}", guest.console());
+            ensure!(
+                Instant::now() < deadline,
+                "the guest is too slow; its console says: {}",
+                guest.console()
+            );
             thread::sleep(Duration::from_millis(20));
         }
         thread::sleep(Duration::from_micros(dice.roll(200_000)));

@@ -25,7 +25,8 @@ pub struct Image {
 impl Image {
     /// From an unpacked kernel (see the script `kernel`), with these programs and the libraries that they ask for.
     pub fn build(kernel: &Path, programs: &[&Path], dir: &Path) -> Result<Image> {
-        let version = fs::read_to_string(kernel.join("version")).context("the guest's kernel; run tests/power/kernel")?;
+        let version = fs::read_to_string(kernel.join("version"))
+            .context("the guest's kernel; run tests/power/kernel")?;
         let root = dir.join("root");
         for name in ["bin", "proc", "sys", "dev", "run", "lib"] {
             fs::create_dir_all(root.join(name))?;
@@ -57,7 +58,11 @@ impl Image {
         fs::write(root.join("init"), include_str!("init"))?;
         fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
         let initramfs = dir.join("initramfs");
-        let pack = format!("cd '{}' && find . | cpio --quiet -o -H newc > '{}'", root.display(), initramfs.display());
+        let pack = format!(
+            "cd '{}' && find . | cpio --quiet -o -H newc > '{}'",
+            root.display(),
+            initramfs.display()
+        );
         run(Command::new("sh").args(["-c", &pack]))?;
         fs::remove_dir_all(&root)?;
         Ok(Image { kernel: kernel.join("vmlinuz"), initramfs })
@@ -76,7 +81,11 @@ fn module_files(kernel: &Path, version: &str, module: &str) -> Result<Vec<PathBu
     command.arg("-d").arg(kernel).args(["-S", version, "--show-depends", module]);
     let output = command.output().context("modprobe")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    Ok(text.lines().filter_map(|line| line.strip_prefix("insmod ")).map(|file| PathBuf::from(file.trim())).collect())
+    Ok(text
+        .lines()
+        .filter_map(|line| line.strip_prefix("insmod "))
+        .map(|file| PathBuf::from(file.trim()))
+        .collect())
 }
 
 /// Run a program that succeeds; what it printed.
@@ -97,7 +106,17 @@ impl Guest {
     /// With the drives as qemu's `-drive` takes them, in their order, and these variables of its first process.
     pub fn start(image: &Image, drives: &[String], environment: &str, console: &Path) -> Result<Guest> {
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "768"]);
+        command.args([
+            "--pdeathsig",
+            "KILL",
+            "qemu-system-x86_64",
+            "-accel",
+            "tcg",
+            "-cpu",
+            "max",
+            "-m",
+            "768",
+        ]);
         command.args(["-smp", "2", "-display", "none", "-no-reboot", "-nodefaults", "-nic", "none"]);
         command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initramfs);
         command.arg("-append").arg(format!("console=ttyS0 quiet panic=-1 {environment}"));
@@ -106,7 +125,8 @@ impl Guest {
             command.arg("-drive").arg(format!("if=virtio,format=raw,cache=none,{drive}"));
         }
         let log = File::options().create(true).append(true).open(console.with_extension("qemu"))?;
-        let qemu = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().context("qemu")?;
+        let qemu =
+            command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().context("qemu")?;
         Ok(Guest { qemu, console: console.to_owned() })
     }
 

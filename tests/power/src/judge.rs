@@ -3,11 +3,7 @@
 //! The disk is mounted as a machine does that starts again, a node serves it, and every sector of every volume is
 //! compared, the snapshots through clones; the image is verified; then the file system is checked by its own tool.
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    process::Command,
-};
+use std::{collections::BTreeMap, path::Path, process::Command};
 
 use anyhow::{Context, Result};
 
@@ -45,7 +41,8 @@ impl Promise {
         for entry in log {
             let Entry::Note(text) = entry else { continue };
             let words: Vec<&str> = text.split(' ').collect();
-            let number = |index: usize| words.get(index).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+            let number =
+                |index: usize| words.get(index).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
             match (words.first().copied().unwrap_or(""), words.get(1).copied().unwrap_or("")) {
                 ("durable", _) => drop(promise.durable.insert(number(1), number(2))),
                 (when @ ("begin" | "done"), verb) => promise.step(when, verb, number(2), number(3)),
@@ -125,7 +122,14 @@ impl Bench<'_> {
         mounted.unmount()
     }
 
-    fn compare(&self, name: &str, writer: u64, bounds: Bounds, node: &Node, verdict: &mut Verdict) -> Result<()> {
+    fn compare(
+        &self,
+        name: &str,
+        writer: u64,
+        bounds: Bounds,
+        node: &Node,
+        verdict: &mut Verdict,
+    ) -> Result<()> {
         let wrong = judge(self.seed, writer, bounds, self.image, &node.read(name)?);
         verdict.wrong_sectors += wrong.len();
         let room = COMPLAINTS_MAX.saturating_sub(verdict.complaints.len());
@@ -134,9 +138,17 @@ impl Bench<'_> {
     }
 
     /// Every snapshot that must be there is, none is that must not, and each holds what it must.
-    fn snapshots(&self, volume: u64, now: Bounds, promise: &Promise, node: &Node, verdict: &mut Verdict) -> Result<()> {
+    fn snapshots(
+        &self,
+        volume: u64,
+        now: Bounds,
+        promise: &Promise,
+        node: &Node,
+        verdict: &mut Verdict,
+    ) -> Result<()> {
         let list = node.json(&format!("snapshot list v{volume}"))?;
-        let names: Vec<&str> = list.as_array().into_iter().flatten().filter_map(|one| one["name"].as_str()).collect();
+        let names: Vec<&str> =
+            list.as_array().into_iter().flatten().filter_map(|one| one["name"].as_str()).collect();
         let known = promise.snapshots.iter().filter(|((of, _), _)| *of == volume);
         for ((_, number), snapshot) in known {
             let (name, there) = (format!("s{number}"), names.contains(&format!("s{number}").as_str()));
@@ -157,7 +169,9 @@ impl Bench<'_> {
             let number = name.trim_start_matches('s').parse::<u64>().ok();
             number.is_none_or(|number| !promise.snapshots.contains_key(&(volume, number)))
         });
-        verdict.complaints.extend(unknown.map(|name| format!("v{volume}: snapshot {name}, which nobody made")));
+        verdict
+            .complaints
+            .extend(unknown.map(|name| format!("v{volume}: snapshot {name}, which nobody made")));
         Ok(())
     }
 

@@ -81,7 +81,8 @@ fn main() -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Run { cuts, points, seed, program, kernel, fs, executor, report } => {
-            let combinations = fs.iter().flat_map(|fs| executor.iter().map(move |executor| (name(fs), name(executor))));
+            let combinations =
+                fs.iter().flat_map(|fs| executor.iter().map(move |executor| (name(fs), name(executor))));
             let plan = cuts::Plan {
                 program: program.canonicalize().with_context(|| program.display().to_string())?,
                 cuts,

@@ -120,7 +120,9 @@ fn transmit(stream: &mut UnixStream, disk: &Disk, export: Export) -> io::Result<
                 let mut bytes = vec![0; len];
                 stream.read_exact(&mut bytes)?;
                 let added = match export {
-                    Export::Disk => disk.add(Entry::Write { at, bytes, durable: flags & COMMAND_FLAG_FUA != 0 }),
+                    Export::Disk => {
+                        disk.add(Entry::Write { at, bytes, durable: flags & COMMAND_FLAG_FUA != 0 })
+                    }
                     Export::Notes => bytes.chunks(SECTOR).try_for_each(|sector| disk.add(note(sector))),
                 };
                 added.map(|()| Vec::new())

@@ -117,7 +117,8 @@ impl Drop for Node {
             // A node that did not stop in order: nothing of it may stay.
             let _ = self.process.kill();
             let _ = self.process.wait();
-            let _ = Command::new("umount").arg("-l").arg(self.dir.join("mount")).stderr(Stdio::null()).status();
+            let _ =
+                Command::new("umount").arg("-l").arg(self.dir.join("mount")).stderr(Stdio::null()).status();
         }
     }
 }

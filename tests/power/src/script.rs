@@ -144,7 +144,8 @@ pub fn judge(seed: u64, writer: u64, bounds: Bounds, image: &[u8], content: &[u8
                 Kind::Punch => found.iter().all(|byte| *byte == 0),
             });
         if !allowed {
-            let may: Vec<String> = history.iter().map(|change| format!("{:?} {}", change.kind, change.number)).collect();
+            let may: Vec<String> =
+                history.iter().map(|change| format!("{:?} {}", change.kind, change.number)).collect();
             wrong.push(format!(
                 "sector {sector} holds {}, where durable is {} and allowed are {may:?}{}",
                 describe(found),
@@ -164,7 +165,9 @@ fn describe(found: &[u8]) -> String {
         found.chunks(8).take(3).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default())).collect();
     match words[..] {
         [u64::MAX, sector, 0] => format!("the image's sector {sector}"),
-        [writer, sector, number] if writer < WRITERS => format!("sector {sector} of writer {writer}'s change {number}"),
+        [writer, sector, number] if writer < WRITERS => {
+            format!("sector {sector} of writer {writer}'s change {number}")
+        }
         _ => format!("something else: {words:x?}"),
     }
 }
