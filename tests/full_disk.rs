@@ -5,7 +5,6 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::FileExt,
 };
 
 use nix::{errno::Errno, fcntl};

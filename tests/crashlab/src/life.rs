@@ -85,7 +85,7 @@ fn begin(world: &mut World, life: Life, volume: u8, pick: u8) -> Option<(Call, A
     world.lives.push((operation, volume.clone()));
     let number = world.fresh();
     let snapshot = match life {
-        Life::Export if pick % 2 == 0 => None,
+        Life::Export if pick.is_multiple_of(2) => None,
         Life::CloneSnapshot | Life::Revert | Life::DeleteSnapshot | Life::Export => picked,
         _ => None,
     };
@@ -151,7 +151,7 @@ fn export(disk: &Disk, volume: &str, snapshot: Option<&str>, go_on: impl Fn() ->
         if kind == bedplate_engine::device::ExtentKind::Zero {
             return Ok(());
         }
-        for start in (range.start.0..range.end().0).step_by(EXPORT_PIECE as usize) {
+        for start in (range.start.0..range.end().0).step_by(crate::world::index(EXPORT_PIECE)) {
             let piece = ByteRange::new(start, EXPORT_PIECE.min(range.end().0 - start));
             let at = crate::world::index(start);
             go_on();
