@@ -1,7 +1,7 @@
 //! A simulated machine: the shipped core, map, record and life code of the engine under one seed.
 //!
-//! [`run_seed`] runs one seed, on the calling thread alone: [`script`] says what happens, [`world`] is the machine and its
-//! clients, [`life`] the operations on its disk, [`restart`] the ends of its process, [`medium`] what lies below,
+//! [`run_seed`] runs one seed, on the calling thread alone: [`script`] says what happens, `world` is the machine and its
+//! clients, `life` the operations on its disk, `restart` the ends of its process, `medium` what lies below,
 //! [`faults`] the list of what goes wrong with it and [`stats`] how often it did. The reference is the engine's own
 //! (`engine/tests/model/cells.rs`): what each 64 bytes of a volume may hold. [`shrink`] makes a failure short.
 

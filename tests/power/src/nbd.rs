@@ -1,6 +1,6 @@
 //! The guest's disk as qemu sees it: an NBD server with two exports on a Unix socket, `disk` and `notes`.
 //!
-//! Spec: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md,> the fixed newstyle handshake with
+//! Spec: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, the fixed newstyle handshake with
 //! NBD_OPT_GO and the simple replies of the transmission. One client, our qemu: whatever it would not send ends the
 //! connection with an error. Requests are carried out one after another, so what was answered before a flush came is
 //! in the log before it.
