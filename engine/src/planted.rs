@@ -1,7 +1,7 @@
 //! Bugs on purpose: what the crash lab has to find.
 //!
 //! Each [`Bug`] has one switch, at the place in the shipped code where somebody could have made the mistake. Without the
-//! feature `planted` [`is`] is the constant `false`, so nothing of a switch is compiled; a build for release refuses the
+//! feature `planted` `is` is the constant `false`, so nothing of a switch is compiled; a build for release refuses the
 //! feature. A switch counts for one thread, so that tests of several bugs can run at the same time: what a disk's
 //! housekeepers and ring workers do is not planted.
 
