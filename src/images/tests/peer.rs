@@ -74,7 +74,7 @@ fn a_download_over_tls_needs_a_certificate_that_the_machine_trusts() {
     let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
     let config = dir.path().join("openssl.conf");
     let text = "[req]\ndistinguished_name = name\nx509_extensions = leaf\nprompt = no\n[name]\nCN = localhost\n\
-                [leaf]\nbasicConstraints = critical,CA:FALSE\nsubjectAltName = DNS:localhost\n";
+                [leaf]\nbasicConstraints = critical,CA:FALSE\nsubjectAltName = IP:127.0.0.1\n";
     std::fs::write(&config, text).unwrap();
     let made = Command::new("openssl")
         .args([
@@ -105,7 +105,7 @@ fn a_download_over_tls_needs_a_certificate_that_the_machine_trusts() {
     let tls =
         format!("listen 127.0.0.1:{port} ssl; ssl_certificate {cert_path}; ssl_certificate_key {key_path};");
     let Some(_nginx) = Nginx::start(dir.path(), port, &tls) else { return };
-    let url = format!("https://localhost:{port}/disk.raw");
+    let url = format!("https://127.0.0.1:{port}/disk.raw");
 
     let node = Node::new();
     let untrusted = failure(node.bring("a", &url));
