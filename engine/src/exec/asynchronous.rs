@@ -4,7 +4,9 @@
 //! An answer may always be [`Located::Waits`]; then a thread that may wait asks the device for the bytes. So nothing
 //! here has to know everything, and no error has two origins.
 
-use std::{os::fd::BorrowedFd, sync::Arc};
+use std::{fs::File, os::fd::BorrowedFd, sync::Arc};
+
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use super::{
     executor::{Live, Shared},
@@ -26,6 +28,20 @@ pub enum Cache {
     Buffered,
     /// Past it: offsets, lengths and memory are multiples of `align`.
     Direct { align: u64 },
+    /// Of a file system that has no other place than memory: they are copied, and nothing is waited for. What was
+    /// swapped out is waited for like any memory of ours.
+    Memory,
+}
+
+impl Cache {
+    /// How the bytes of an open file travel that was not opened to go past the page cache. The kernel gives each request
+    /// of a ring for a file in memory to a thread, as if it could wait, and does not try it at once when it is asked to.
+    pub fn of(file: &File) -> Cache {
+        match fstatfs(file) {
+            Ok(stat) if stat.filesystem_type() == TMPFS_MAGIC => Cache::Memory,
+            Ok(_) | Err(_) => Cache::Buffered,
+        }
+    }
 }
 
 /// Whose bytes a part of a range is made of.

@@ -46,6 +46,8 @@ pub struct ImageFile {
     file: File,
     path: PathBuf,
     cache: PageCache,
+    /// The same, for whoever reads it without our calls.
+    travel: Cache,
     len: u64,
 }
 
@@ -59,11 +61,11 @@ impl ImageFile {
         }
         let flags =
             fcntl(file.as_fd(), FcntlArg::F_GETFL).map_err(|e| Error::io("look at", path, e.into()))?;
-        let cache = match OFlag::from_bits_retain(flags).contains(OFlag::O_DIRECT) {
-            true => PageCache::Past,
-            false => PageCache::Through,
+        let (cache, travel) = match OFlag::from_bits_retain(flags).contains(OFlag::O_DIRECT) {
+            true => (PageCache::Past, Cache::Direct { align: DIRECT_ALIGN }),
+            false => (PageCache::Through, Cache::of(&file)),
         };
-        Ok(ImageFile { file, path: path.to_owned(), cache, len: meta.size() })
+        Ok(ImageFile { file, path: path.to_owned(), cache, travel, len: meta.size() })
     }
 
     pub fn path(&self) -> &Path {
@@ -109,16 +111,14 @@ impl ImageFile {
 
     /// Where the bytes of `range` are, which are the file's from `at` on, for an executor that reads them itself.
     pub fn locate(&self, range: ByteRange, at: u64, found: &mut dyn FnMut(ByteRange, Located<'_>)) {
-        let fd = self.file.as_fd();
+        let file = Descriptor { fd: self.file.as_fd(), cache: self.travel };
         match self.cache {
             PageCache::Through => {
-                let file = Descriptor { fd, cache: Cache::Buffered };
                 found(range, Located::File { file, offset: at });
             }
             PageCache::Past => {
                 // The last block, which the end of the file may cut, is read by who knows that.
                 let whole = (self.len / DIRECT_ALIGN * DIRECT_ALIGN).saturating_sub(at).min(range.len.0);
-                let file = Descriptor { fd, cache: Cache::Direct { align: DIRECT_ALIGN } };
                 let start = range.start.0;
                 if whole > 0 {
                     found(ByteRange::new(start, whole), Located::File { file, offset: at });
@@ -132,7 +132,7 @@ impl ImageFile {
 
     /// Have these bytes read into the page cache and do not wait for them. A hint: whoever reads finds out what is wrong.
     pub fn read_ahead(&self, range: ByteRange) {
-        if self.cache == PageCache::Past {
+        if self.travel != Cache::Buffered {
             return;
         }
         let (mut at, end) = (range.start.0, range.end().0.min(self.len));

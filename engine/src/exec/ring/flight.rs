@@ -15,6 +15,7 @@ use nix::errno::Errno;
 
 use super::{
     Worker,
+    read::COPIED_MAX,
     service::begin_serving,
     wake::{Letter, Post},
     window::Lent,
@@ -311,6 +312,12 @@ impl Worker {
         let Some((fd, cache)) = file.descriptor().map(|file| (file.fd.as_raw_fd(), file.cache)) else {
             return self.by_thread(task, key_of(&file), move || file.write_at(bytes.bytes(), offset));
         };
+        if cache == Cache::Memory && bytes.len() <= COPIED_MAX {
+            if let Some(task) = self.tasks.get_mut(task) {
+                task.outstanding += 1;
+            }
+            return self.part_ended(task, file.write_at(bytes.bytes(), offset));
+        }
         let (mut source, mut bounce) = (bytes, None);
         if let Cache::Direct { align } = cache
             && !bytes.is_aligned(to_usize(align))
@@ -424,12 +431,12 @@ fn check(op: &'static str, file: &dyn StorageFile, result: i32) -> Checked {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::FrontEnd, *};
+    use super::{
+        super::setting::{Nobody, worker},
+        *,
+    };
     use crate::{
-        exec::{
-            pool::Pool,
-            storage::{Open, Storage, file::FileStorage},
-        },
+        exec::storage::{Open, Storage, file::FileStorage},
         image::{device::ImageDevice, raw::RawImage},
     };
 
@@ -440,19 +447,10 @@ mod tests {
         Arc::new(ImageDevice::new(Arc::new(image)))
     }
 
-    struct Nobody;
-
-    impl FrontEnd for Nobody {
-        fn command_ended(&mut self, _worker: &mut Worker, _token: u32, _result: i32) {}
-        fn request_ended(&mut self, _worker: &mut Worker, _token: u32, _result: Result<()>) {}
-        fn woken(&mut self, _worker: &mut Worker) {}
-    }
-
     #[test]
     fn a_worker_whose_medium_never_answers_is_given_up_when_it_is_stopped() {
         let (silent, _open) = nix::unistd::pipe().expect("a pipe");
-        let mut worker =
-            Worker::new(Arc::new(Pool::start("waiter", 1, || {}).expect("threads"))).expect("a ring");
+        let mut worker = worker();
         worker.stopping.patience = std::time::Duration::from_millis(20);
         #[expect(unsafe_code, reason = "the kernel would fill a vector of the test")]
         // SAFETY: it is never freed.
@@ -479,8 +477,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let storage = FileStorage::open(dir.path()).expect("opens");
         let file = storage.open("file", Open::Create).expect("created");
-        let mut worker =
-            Worker::new(Arc::new(Pool::start("waiter", 1, || {}).expect("threads"))).expect("a ring");
+        let mut worker = worker();
         let data = vec![7; 3000];
         for (token, (written, expected)) in (0..).zip([(1000, true), (0, false)]) {
             #[expect(unsafe_code, reason = "the kernel reads from a vector of the test")]

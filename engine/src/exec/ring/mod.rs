@@ -14,6 +14,8 @@ mod change;
 mod flight;
 mod read;
 mod service;
+#[cfg(test)]
+mod setting;
 mod slab;
 mod stranded;
 mod submission;

@@ -22,9 +22,9 @@ use crate::{
 
 /// Parts of one read that fly at a time; what follows them is read by one thread.
 const PARTS_MAX: usize = 64;
-/// Bytes of one read that the worker copies, or fills with zeros, itself: whoever asks for more waits for a thread, and
+/// Bytes of one request that the worker copies, or fills with zeros, itself: whoever asks for more waits for a thread, and
 /// nobody else for that.
-const COPIED_MAX: usize = 1 << 20;
+pub(super) const COPIED_MAX: usize = 1 << 20;
 
 impl Worker {
     pub(super) fn begin_read(&mut self, device: Arc<dyn BlockDevice>, offset: u64, into: Lent, token: u32) {
@@ -132,14 +132,12 @@ impl<'a> Gathering<'a> {
 
     fn end_run(&mut self) {
         let Some(Run { range, fd, cache, offset }) = self.run.take() else { return };
-        if cache == Cache::Buffered && !self.may_copy(range) {
+        let direct = matches!(cache, Cache::Direct { .. });
+        if !direct && !self.may_copy(range) {
             return self.wait_for(range);
         }
         let into = self.lent(range);
-        let done = match cache {
-            Cache::Buffered => into.fill_from_cache(fd, offset),
-            Cache::Direct { .. } => 0,
-        };
+        let done = into.fill_from_memory(fd, cache, offset);
         if done == into.len() {
             return;
         }
@@ -166,5 +164,41 @@ impl<'a> Gathering<'a> {
             let into = self.lent(range);
             self.worker.read_by_thread(self.task, range, self.place, into);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            setting::{disk, worker},
+            worker::Lease,
+        },
+        *,
+    };
+    use crate::{device::Durability, units::ByteLen, volume::life::Origin};
+
+    #[test]
+    fn what_lies_in_a_file_system_in_memory_is_copied_by_the_worker_and_nothing_of_it_flies() {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("every Linux has one");
+        let disk = disk(dir.path());
+        disk.create_volume("v", Origin::Empty, Some(ByteLen(65536))).expect("created");
+        let volume = disk.volume("v").expect("there");
+        let (mut worker, written, mut read) = (worker(), vec![7; 4096], vec![0; 5000]);
+        #[expect(unsafe_code, reason = "the buffers are lent to the worker")]
+        // SAFETY: they outlive it, and are looked at when it is through with them.
+        let (data, into) = unsafe { (Lent::of_source(&written), Lent::of(&mut read)) };
+        // Neither the first block nor the last is whole.
+        worker.start_leased(
+            volume.clone(),
+            Lease::Write { offset: 1000, data, durability: Durability::Volatile },
+            1,
+        );
+        worker.settle_without_ring(1);
+        worker.start_leased(volume, Lease::Read { offset: 500, into }, 2);
+        worker.settle_without_ring(2);
+        drop(worker);
+        assert!(read[..500].iter().chain(&read[4596..]).all(|byte| *byte == 0));
+        assert_eq!(read[500..4596], written);
     }
 }

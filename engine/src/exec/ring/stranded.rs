@@ -84,51 +84,29 @@ impl Work {
 mod tests {
     use std::sync::mpsc;
 
-    use super::{super::FrontEnd, super::window::Lent, super::worker::Lease, *};
+    use super::{
+        super::{
+            setting::{Nobody, disk, worker},
+            window::Lent,
+            worker::Lease,
+        },
+        *,
+    };
     use crate::{
         device::{BlockDevice, Durability},
-        error::Result,
-        exec::{choice::ExecutorChoice, pool::Pool},
-        image::{BaseImage, BaseSource},
+        exec::executor::CLOSE_WAIT_MAX,
         units::ByteLen,
-        volume::{
-            device::VolumeState,
-            disk::{Disk, Held},
-            life::Origin,
-            record::ImageRef,
-        },
+        volume::{device::VolumeState, life::Origin},
     };
-
-    struct NoImages;
-
-    impl BaseSource for NoImages {
-        fn open_base(&self, image: &ImageRef) -> Result<Arc<dyn BaseImage>> {
-            Err(Error::NotFound { kind: "image", name: image.name.clone() })
-        }
-    }
-
-    struct Nobody;
-
-    impl FrontEnd for Nobody {
-        fn command_ended(&mut self, _worker: &mut Worker, _token: u32, _result: i32) {}
-        fn request_ended(&mut self, _worker: &mut Worker, _token: u32, _result: Result<()>) {}
-        fn woken(&mut self, _worker: &mut Worker) {}
-    }
-
-    fn disk(dir: &tempfile::TempDir) -> Arc<Disk> {
-        let held = Held::take(dir.path()).expect("the disk can be had").executor(ExecutorChoice::Blocking);
-        held.serve(Arc::new(NoImages)).expect("the disk opens")
-    }
 
     #[test]
     fn a_ring_that_fails_ends_its_volumes_writes_and_all_who_wait_for_them_and_no_other_volume() {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let disk = disk(&dir);
+        let disk = disk(dir.path());
         for name in ["on-it", "waits", "other"] {
             disk.create_volume(name, Origin::Empty, Some(ByteLen(65536))).expect("created");
         }
-        let pool = Arc::new(Pool::start("waiter", 2, || {}).expect("threads"));
-        let mut worker = Worker::new(pool).expect("a ring");
+        let mut worker = worker();
         let data: &'static [u8] = vec![7; 4096].leak();
         #[expect(unsafe_code, reason = "the kernel would read a vector of the test")]
         // SAFETY: it is never freed.
@@ -157,7 +135,7 @@ mod tests {
         assert_eq!(worker.held(), [1], "the kernel may read it yet; both flushes have ended");
 
         for _ in 0..2 {
-            let result = told.recv_timeout(crate::exec::executor::CLOSE_WAIT_MAX).expect("it is answered");
+            let result = told.recv_timeout(CLOSE_WAIT_MAX).expect("it is answered");
             assert!(result.is_err(), "{result:?}");
         }
         overwrite.join().expect("no panic");

@@ -11,6 +11,8 @@ use std::{
 
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
+use crate::exec::asynchronous::Cache;
+
 /// Memory of a front end that a request reads into or writes from.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
@@ -98,13 +100,18 @@ impl Lent {
         }
     }
 
-    /// Fill as much of it as the page cache has of this open file, and say how much.
-    pub(super) fn fill_from_cache(self, fd: RawFd, offset: u64) -> usize {
+    /// Fill as much of it as is in memory of this open file, and say how much.
+    pub(super) fn fill_from_memory(self, fd: RawFd, cache: Cache, offset: u64) -> usize {
+        let flags = match cache {
+            Cache::Buffered => ReadWriteFlags::NOWAIT,
+            Cache::Memory => ReadWriteFlags::empty(),
+            Cache::Direct { .. } => return 0,
+        };
         #[expect(unsafe_code, reason = "the descriptor is held by a pin, not by this type")]
         // SAFETY: a request's pin or device keeps the file open while its pieces are looked for.
         let file = unsafe { BorrowedFd::borrow_raw(fd) };
         loop {
-            match preadv2(file, &mut [IoSliceMut::new(self.bytes_mut())], offset, ReadWriteFlags::NOWAIT) {
+            match preadv2(file, &mut [IoSliceMut::new(self.bytes_mut())], offset, flags) {
                 Ok(count) => return count,
                 Err(Errno::INTR) => {}
                 // Not cached, not possible for this file, or an error that whoever reads it next will tell.

@@ -382,6 +382,18 @@ impl Drop for Worker {
 
 #[cfg(test)]
 impl Worker {
+    /// A request has ended with all that came of it, and nothing was asked of the ring or of a thread.
+    pub(super) fn settle_without_ring(&mut self, token: u32) {
+        while let Some((change, message)) = self.messages.pop_front() {
+            assert!(self.flights.is_empty());
+            self.follow(change, message);
+        }
+        assert!(self.flights.is_empty());
+        let ended = self.ended.pop_front().expect("it has ended");
+        assert!(ended.token == token && ended.result.is_ok());
+        self.places.give_back(ended.key);
+    }
+
     /// Carry on until a request that was never begun has ended.
     pub(super) fn wait_for_end(&mut self, token: u32) -> Result<()> {
         loop {

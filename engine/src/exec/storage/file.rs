@@ -124,7 +124,10 @@ impl Storage for FileStorage {
         };
         let file = File::from(fd);
         let path = self.full_path(path);
-        let cache = if direct { Cache::Direct { align: sector_size(&file) } } else { Cache::Buffered };
+        let cache = match Cache::of(&file) {
+            Cache::Buffered if direct => Cache::Direct { align: sector_size(&file) },
+            cache => cache,
+        };
         Ok(Arc::new(DiskFile { file, path, cache }))
     }
 
@@ -331,7 +334,7 @@ impl StorageFile for DiskFile {
 
     fn write_align(&self) -> u64 {
         match self.cache {
-            Cache::Buffered => SECTOR_SIZE,
+            Cache::Buffered | Cache::Memory => SECTOR_SIZE,
             Cache::Direct { align } => align,
         }
     }
