@@ -38,8 +38,10 @@ struct Call {
     size: u64,
     /// When it began, by the volume's clock.
     since: Moment,
-    /// Faults so far, and whether somebody used the volume.
+    /// Faults so far.
     errors: u64,
+    /// Whether every volume took writes.
+    all_ready: bool,
 }
 
 /// Run one.
@@ -74,7 +76,7 @@ fn begin(world: &mut World, life: Life, volume: u8, pick: u8) -> Option<(Call, A
         Life::Revert | Life::DeleteSnapshot => picked.is_some(),
         Life::DeleteVolume => names.len() > 2,
         Life::Grow => world.known[&volume].cells.size() < SIZE_MAX,
-        Life::Recover => disk.volume(&volume).is_ok_and(|volume| volume.state() != VolumeState::Ready),
+        Life::Recover => disk.volume(&volume).map_or(true, |volume| volume.state() != VolumeState::Ready),
         Life::Merge | Life::Flatten | Life::Export => true,
     };
     if !fits || (inside(&[Life::Merge, Life::Flatten]) && world.lives.iter().any(merging)) {
@@ -92,7 +94,8 @@ fn begin(world: &mut World, life: Life, volume: u8, pick: u8) -> Option<(Call, A
     let size = world.known[&volume].cells.size() + 512 * (1 + u64::from(pick) % 20);
     let since = world.cells(&volume).now();
     let errors = world.medium.errors();
-    let call = Call { life, new: format!("n{number:04}"), snapshot, size, since, errors, volume };
+    let all_ready = world.all_ready();
+    let call = Call { life, new: format!("n{number:04}"), snapshot, size, since, errors, all_ready, volume };
     world.note(|| format!("{life:?} of {} ({:?}, {})", call.volume, call.snapshot, call.new));
     Some((call, disk))
 }
@@ -286,7 +289,8 @@ fn failed(world: &mut World, call: Call, error: &Error) {
     let stopped = world.medium.has_stopped();
     let full = world.setup.medium.is_some();
     let device = world.disk.as_ref().map(|disk| disk.volume(&call.volume));
-    let not_ready = !world.all_ready();
+    // One that did not may have been recovered meanwhile.
+    let not_ready = !call.all_ready || !world.all_ready();
     let fine = match error {
         // Somebody holds it, or a snapshot came in between, or it was asked to stop.
         Error::InUse { .. } => {

@@ -272,6 +272,8 @@ impl World {
         let device = match disk.volume(&name) {
             Ok(device) => device,
             Err(_) if self.perhaps.iter().any(going) || self.lives.iter().any(closing) => return,
+            // It was closed to be recovered, and a fault kept it from being opened again.
+            Err(Error::Failed { .. }) if self.medium.errors() > 0 => return,
             Err(error) => return self.found(format!("volume {name} is not there: {error}")),
         };
         // Refused while it is reverted, deleted or recovered.
