@@ -7,6 +7,8 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
+use nix::libc;
+
 use crate::units::{ByteOffset, ByteRange};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,7 +17,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused. `op` is the verb ("write", "sync"), `path` the file.
-    #[error("{op} {}: {source}", path.display())]
+    #[error("{op} {}: {source}{}", path.display(), advice(source))]
     Io { op: &'static str, path: PathBuf, source: Arc<io::Error> },
     /// The medium is full; nothing that was acknowledged is lost.
     #[error("no space left on {}; delete something on it and try again", path.display())]
@@ -136,6 +138,11 @@ impl Error {
         Error::Lost { start: range.start.0, len: range.len.0, reason: reason.into() }
     }
 
+    /// Whether the cause is a limit of the process or the machine, which the text says how to raise.
+    pub fn is_limit(&self) -> bool {
+        matches!(self, Error::Io { source, .. } if !advice(source).is_empty())
+    }
+
     /// Whether the cause is that a file or directory is not there.
     pub fn is_not_found(&self) -> bool {
         match self {
@@ -143,5 +150,17 @@ impl Error {
             Error::NotFound { .. } => true,
             _ => false,
         }
+    }
+}
+
+/// What to raise where the system refused because of a limit.
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "; raise the limit of open files (ulimit -Hn, LimitNOFILE= of the unit)",
+        Some(libc::ENFILE) => "; raise the machine's limit of open files (sysctl fs.file-max)",
+        // What blocks never answers this: it is a thread or a process that could not be started.
+        Some(libc::EAGAIN) => "; raise the limit of threads (ulimit -u, TasksMax= of the unit, pids.max)",
+        Some(libc::ENOMEM) => "; raise the limit of memory (ulimit -v and -l, MemoryMax= of the unit)",
+        _ => "",
     }
 }

@@ -243,6 +243,7 @@ impl From<Engine> for Refusal {
 /// The kind of refusal that an error of the engine is.
 pub fn engine_code(error: &Engine) -> Code {
     match error {
+        Engine::Io { .. } if error.is_limit() => Code::Busy,
         Engine::Io { .. } | Engine::Uncertain { .. } => Code::Storage,
         Engine::NoSpace { .. } => Code::NoSpace,
         Engine::Corrupt { .. } | Engine::Lost { .. } => Code::Corrupt,

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bedplate_engine::units::ByteLen;
+use bedplate_engine::{error::Error as Engine, units::ByteLen};
 use jiff::Timestamp;
 
 use super::show;
@@ -152,7 +152,7 @@ impl Place {
             jobs.end(id, outcome.map_err(|refusal| control.explain(refusal)));
         });
         if let Err(error) = spawned {
-            self.jobs.end(id, Err(Refusal::new(Code::Busy, format!("no thread for the job: {error}"))));
+            self.jobs.end(id, Err(Engine::io("start", "a thread for the job", error).into()));
         }
         self.shown.clone()
     }

@@ -6,12 +6,13 @@
 //! and only those that may be ours are looked at. Which are is decided in [`super::attach`].
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
 
+use bedplate_engine::error::Error as Engine;
 use serde::Deserialize;
 use tokio::{process::Command, runtime::Handle, time::timeout};
 
@@ -112,7 +113,10 @@ impl Losetup {
                 let detail = format!("{} was not done within {} s", line(), CALL_MAX.as_secs());
                 Refusal::new(Code::TimedOut, detail)
             })?
-            .map_err(|error| refuse(&format!("{error}; install util-linux")))?;
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => refuse(&format!("{error}; install util-linux")),
+                _ => Engine::io("start", program, error).into(),
+            })?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(refuse(said.trim().trim_start_matches(&format!("{program}: "))));

@@ -76,6 +76,9 @@ const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 /// How long a volume waits for its image to be verified again after the start.
 const REOPEN_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// The least address space that a node starts with: stacks and heaps of its threads, buffers and rings take up to 2 GiB.
+const ADDRESS_SPACE_MIN: u64 = 4 << 30;
+
 /// Why a node did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -87,6 +90,11 @@ pub enum Error {
     Held(Engine),
     #[error("{0}; --executor auto serves without io_uring, too")]
     Executor(Engine),
+    #[error(
+        "the address space is limited to {limit_bytes} bytes, and a node that finds no more of it ends at that moment; \
+         raise the limit to {ADDRESS_SPACE_MIN} bytes or more (ulimit -v), and limit memory by a control group"
+    )]
+    AddressSpace { limit_bytes: u64 },
     #[error(transparent)]
     Mount(#[from] MountError),
     #[error(transparent)]
@@ -100,6 +108,7 @@ impl Error {
     pub fn code(&self) -> Code {
         match self {
             Error::Io { .. } => Code::Storage,
+            Error::AddressSpace { .. } => Code::Busy,
             Error::StateHeld(_) => Code::InUse,
             Error::Held(error) | Error::Executor(error) | Error::Flush(error) => engine_code(error),
             Error::Mount(
@@ -121,6 +130,7 @@ impl Error {
 /// Run a node until it is told to stop.
 pub fn run(config: Config) -> Result<(), Error> {
     raise_open_files();
+    check_address_space()?;
     let runtime = Builder::new_multi_thread()
         .enable_all()
         .thread_name("node")
@@ -381,6 +391,15 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+/// Threads reserve far more addresses than they use memory.
+fn check_address_space() -> Result<(), Error> {
+    match getrlimit(Resource::RLIMIT_AS) {
+        Ok((limit_bytes, _)) if limit_bytes < ADDRESS_SPACE_MIN => Err(Error::AddressSpace { limit_bytes }),
+        // Without a limit it is the largest number.
+        Ok(_) | Err(_) => Ok(()),
     }
 }
 

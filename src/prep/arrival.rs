@@ -22,7 +22,7 @@ use super::{
     partial::{Kept, PartialNames, Proof},
     pipeline::{
         MIDSTATES_QUEUED_MAX, Mark, PIECES_QUEUED_MAX, Piece, SYNCS_QUEUED_MAX, Target, hash_pieces,
-        keep_synced, write_pieces,
+        keep_synced, start, write_pieces,
     },
     probe::probe,
     progress::{Meter, Phase},
@@ -166,10 +166,10 @@ fn rehash(spec: &Spec, file: &File, path: &Path, position: u64) -> Result<Hasher
 /// The pass itself.
 fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass> {
     let (kept, hasher) = pick_up(spec, target)?;
-    let start = kept.as_ref().map_or(0, |kept| kept.position);
-    spec.meter.begin(Phase::Connecting, start, kept.as_ref().and_then(|kept| kept.total));
+    let from = kept.as_ref().map_or(0, |kept| kept.position);
+    spec.meter.begin(Phase::Connecting, from, kept.as_ref().and_then(|kept| kept.total));
     if let Some(Kept { validator, complete: true, proof: Proof::NotNeeded, .. }) = kept {
-        return Ok(Pass { hasher, size_bytes: start, validator, parts: Parts::Proven });
+        return Ok(Pass { hasher, size_bytes: from, validator, parts: Parts::Proven });
     }
     let (to_hash, hash_queue) = sync_channel(PIECES_QUEUED_MAX);
     let (to_write, write_queue) = sync_channel(PIECES_QUEUED_MAX);
@@ -177,9 +177,10 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
     let (to_keep, midstates) = sync_channel(MIDSTATES_QUEUED_MAX);
     std::thread::scope(|scope| {
         // Queues move into their threads, so that a thread that ends closes them.
-        let hashing = scope.spawn(move || hash_pieces(&hash_queue, &to_keep, hasher, spec.expected.as_ref()));
-        let writing = scope.spawn(move || write_pieces(&write_queue, &to_sync, target, start));
-        let syncing = scope.spawn(move || keep_synced(&sync_queue, &midstates, target));
+        let expected = spec.expected.as_ref();
+        let hashing = start(scope, "hash", move || hash_pieces(&hash_queue, &to_keep, hasher, expected))?;
+        let writing = start(scope, "write", move || write_pieces(&write_queue, &to_sync, target, from))?;
+        let syncing = start(scope, "sync", move || keep_synced(&sync_queue, &midstates, target))?;
 
         let mut arrival = Arrival::new(spec, to_hash, to_write, kept);
         let outcome = source.transfer(&mut arrival).and_then(|()| arrival.finish());

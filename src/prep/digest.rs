@@ -89,8 +89,12 @@ pub fn digest(files: &[Part<'_>], meter: &Meter, stop: &Stop) -> Result<Vec<Stri
     };
     let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX).min(files.len());
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(ended_early())))
+        // With fewer threads it takes longer, and that is all.
+        let spawn = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
+        let threads: Vec<_> = (1..threads).map_while(spawn).collect();
+        let own = work();
+        let others = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(ended_early())));
+        others.fold(own, Result::and)
     })?;
     let sums = sums.into_inner().unwrap_or_else(PoisonError::into_inner);
     sums.into_iter().collect::<Option<Vec<_>>>().ok_or_else(ended_early)

@@ -12,6 +12,7 @@ use std::{
         Arc,
         mpsc::{Receiver, SyncSender},
     },
+    thread::{self, Scope, ScopedJoinHandle},
 };
 
 use bedplate_engine::{
@@ -34,6 +35,16 @@ pub(super) const PIECES_QUEUED_MAX: usize = 16;
 pub(super) const SYNCS_QUEUED_MAX: usize = 1;
 /// Midstates that wait for their sync. There is one for each mark on its way, so this is never what blocks the hasher.
 pub(super) const MIDSTATES_QUEUED_MAX: usize = PIECES_QUEUED_MAX + SYNCS_QUEUED_MAX + 3;
+
+/// Start a thread of a pass; a limit of the machine may refuse it.
+pub(super) fn start<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, T>> {
+    let builder = thread::Builder::new().name(name.to_owned());
+    builder.spawn_scoped(scope, work).map_err(|e| Error::io("start", format!("thread {name}"), e))
+}
 
 /// What travels from the source to the hasher and the writer.
 #[derive(Clone, Debug)]

@@ -22,6 +22,7 @@ use nix::{
 use super::{
     checksum::{Expected, Hasher, Sums},
     failure::{Failure, Result},
+    pipeline::start,
     progress::{Meter, Phase},
     stop::Stop,
 };
@@ -58,7 +59,7 @@ pub fn verify(
     let medium = Medium::open(dir, name, cached)?;
     let (to_hash, pieces) = sync_channel(PIECES_MAX);
     std::thread::scope(|scope| {
-        let hashing = scope.spawn(move || hash(&pieces, Hasher::new(expected)));
+        let hashing = start(scope, "hash", move || hash(&pieces, Hasher::new(expected)))?;
         let read = read_all(&medium, &path, size_bytes, &to_hash, meter, stop);
         drop(to_hash);
         let hasher = hashing.join();

@@ -18,6 +18,7 @@ use std::{
         Arc, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
 };
 
 use jiff::Timestamp;
@@ -169,7 +170,7 @@ impl Held {
     }
 
     fn start_workers(&self) -> Result<Option<Arc<Workers>>> {
-        let count = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(WORKERS_MAX);
+        let count = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(WORKERS_MAX);
         let start = |taking| Workers::start(count, taking, self.on_thread_start).map(Arc::new);
         match self.executor {
             ExecutorChoice::Blocking => Ok(None),
@@ -397,8 +398,10 @@ impl Disk {
             }
             made
         };
-        let mut made = std::thread::scope(|scope| {
-            let threads: Vec<_> = (1..self.threads_max.min(items.len())).map(|_| scope.spawn(take)).collect();
+        let mut made = thread::scope(|scope| {
+            // With fewer threads it takes longer, and that is all.
+            let spawn = |_| thread::Builder::new().spawn_scoped(scope, take).ok();
+            let threads: Vec<_> = (1..self.threads_max.min(items.len())).map_while(spawn).collect();
             let mut made = take();
             for thread in threads {
                 match thread.join() {
