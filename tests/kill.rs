@@ -9,6 +9,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
+    time::Instant,
 };
 
 use nix::libc::O_DSYNC;
@@ -131,6 +132,24 @@ fn fio_verifies_after_a_kill_what_it_had_synced_before() {
     node.kill();
     node.restart();
     node.sh(&format!("{job} --verify_only=1"));
+}
+
+#[test]
+fn a_kill_while_the_mount_is_made_ends_the_node_and_the_next_one_starts() {
+    let mut node = Node::idle();
+    // Over the other transport the mount asks itself nothing.
+    node.wrap(&["env", "BEDPLATE_FUSE_TRANSPORT=classic"]);
+    for _ in 0..8 {
+        node.spawn();
+        let deadline = Instant::now() + DEADLINE;
+        // The moment is short, so that nothing is slept; it may be over before it is seen.
+        while !node.threads().iter().any(|name| name == "fuse-warm") && node.http("GET", "/readyz").is_none()
+        {
+            assert!(Instant::now() < deadline, "{}", node.log());
+        }
+        node.kill();
+    }
+    node.restart();
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! receives into a buffer of its own in each thread and shows it to nobody, except that the names of a request lie in
 //! it. So a mount begins with as many lookups of names that do not exist as it has threads; each is held until all are
 //! there, hence in a thread of its own, and that thread locks its buffers into memory.
+//! The threads that ask are the only ones of a node that go through its own mount; see [`leave_files`].
 //! Not here: what a device allocates to carry a write out, and what the kernel allocates in its name. Without
 //! `IO_FLUSHER` only a memory limit that is not shared with the mount's users keeps these apart.
 
@@ -13,6 +14,7 @@ use std::{
     ffi::OsStr,
     fs,
     hint::black_box,
+    io,
     os::unix::ffi::OsStrExt,
     path::Path,
     sync::{Condvar, Mutex, PoisonError, mpsc},
@@ -20,6 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::{errno::Errno, libc};
 use rustix::mm::{Advice, madvise, mlock};
 
 use crate::buffer::{BUFFER_ALIGN, BUFFER_LEN, with_buffer};
@@ -70,6 +73,9 @@ impl Warming {
         for index in 0..threads {
             let (path, answer) = (dir.join(format!("{NAME_PREFIX}{index}")), answer.clone());
             let asking = thread::Builder::new().name("fuse-warm".into()).spawn(move || {
+                if let Err(error) = leave_files() {
+                    return tracing::warn!(%error, "no thread may ask while it holds the mount's connection");
+                }
                 // It does not exist; the receiver may have given up.
                 let _ = fs::symlink_metadata(path);
                 let _ = answer.send(());
@@ -110,6 +116,18 @@ impl Warming {
         *self.meeting.lock().unwrap_or_else(PoisonError::into_inner) = Meeting::Over;
         self.changed.notify_all();
     }
+}
+
+/// Give this thread a table of open files of its own, an empty one.
+///
+/// A thread that waits for an answer of its own mount cannot be killed, and keeps what the process has open: where that
+/// is the mount's connection too, a SIGKILL leaves a process that waits for itself, with the locks of its disks.
+fn leave_files() -> io::Result<()> {
+    let unshare = libc::c_int::try_from(libc::CLOSE_RANGE_UNSHARE).expect("a small flag");
+    // SAFETY: descriptors of this thread's own copy are closed, and what it does from here on uses none.
+    #[expect(unsafe_code, reason = "no crate offers it")]
+    let closed = unsafe { libc::close_range(0, libc::c_uint::MAX, unshare) };
+    Errno::result(closed).map(drop).map_err(io::Error::from)
 }
 
 /// Have the `len` bytes from `start`'s page on present in memory, and keep them there if that is allowed.

@@ -3,6 +3,7 @@
 
 use std::{
     fs::File,
+    ops::Range,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -39,7 +40,13 @@ impl LoopDisk {
     /// In place of the disk of a node that does not run.
     pub fn mount(node: &Node, file_system: FileSystem, mib: u64, sector_size: u64) -> LoopDisk {
         node.sh(&format!("truncate -s {mib}M fs.img"));
-        let losetup = format!("losetup --find --show --sector-size {sector_size} --direct-io=on fs.img");
+        LoopDisk::over(node, &node.scratch("fs.img"), file_system, sector_size)
+    }
+
+    /// The same over a file that is there.
+    pub fn over(node: &Node, file: &Path, file_system: FileSystem, sector_size: u64) -> LoopDisk {
+        let losetup =
+            format!("losetup --find --show --sector-size {sector_size} --direct-io=on '{}'", file.display());
         let device = node.sh(&losetup).trim().to_owned();
         let disk = LoopDisk { dir: node.path("disk"), ballast: node.path("disk/ballast"), device };
         // All of it is for the node: no blocks that only root has.
@@ -55,6 +62,35 @@ impl LoopDisk {
 
     pub fn mount_again(&self, node: &Node) {
         node.sh(&format!("mount {} {}", self.device, self.dir.display()));
+    }
+
+    /// Take it off the node's directory, also while the node uses it.
+    pub fn unmount(&self, node: &Node) {
+        node.sh(&format!("umount -l {}", self.dir.display()));
+    }
+
+    /// Where on the device the bytes of a file lie, each piece with its offset in the file.
+    pub fn places_of(&self, node: &Node, file: &Path) -> Vec<(u64, Range<u64>)> {
+        let text = node.sh(&format!("sync '{0}'; filefrag -b1 -v '{0}'", file.display()));
+        // One line per piece: its number, and first..last of the file's and of the device's bytes.
+        let numbers = |line: &str| -> Option<Vec<u64>> {
+            let words = line.split([':', '.', ' ']).filter(|word| !word.is_empty());
+            words.take(5).map(|word| word.parse().ok()).collect()
+        };
+        let pieces: Vec<_> = text.lines().filter_map(numbers).filter(|numbers| numbers.len() == 5).collect();
+        assert!(!pieces.is_empty(), "{}: {text}", file.display());
+        pieces.into_iter().map(|numbers| (numbers[1], numbers[3]..numbers[4] + 1)).collect()
+    }
+
+    /// The same of a part that lies in one piece.
+    pub fn place_of(&self, node: &Node, file: &Path, at: u64, len: u64) -> Range<u64> {
+        let places = self.places_of(node, file);
+        let holds = |(first, place): &(u64, Range<u64>)| {
+            (*first <= at && at + len <= first + place.end - place.start).then(|| place.start + at - first)
+        };
+        let start = places.iter().find_map(holds);
+        let start = start.unwrap_or_else(|| panic!("{at}+{len} is not in one piece: {places:?}"));
+        start..start + len
     }
 
     /// What can still be allocated.

@@ -8,7 +8,9 @@
 
 pub mod content;
 pub mod disk;
+pub mod group;
 pub mod journal;
+pub mod medium;
 pub mod node;
 pub mod origin;
 pub mod run;

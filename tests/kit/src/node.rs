@@ -43,6 +43,7 @@ pub struct Node {
     process: Option<Child>,
     /// Words before `bedplate serve`: a tracer, a control group.
     wrapper: Vec<String>,
+    disks: Vec<String>,
     dir: TempDir,
 }
 
@@ -65,7 +66,12 @@ impl Node {
         for name in ["scratch", "disk"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
-        Node { process: None, wrapper: Vec::new(), dir }
+        Node { process: None, wrapper: Vec::new(), disks: vec!["disk".to_owned()], dir }
+    }
+
+    /// One more disk from the next start on, in a directory of this name.
+    pub fn add_disk(&mut self, name: &str) {
+        self.disks.push(name.to_owned());
     }
 
     /// Start it again; it is ready on return.
@@ -99,9 +105,9 @@ impl Node {
     pub fn serve_words(&self) -> Vec<String> {
         let path = |name: &str| self.dir.path().join(name).display().to_string();
         let mut words = vec![program().display().to_string(), "serve".to_owned()];
-        for (flag, place) in
-            [("--state", "state"), ("--disk", "disk"), ("--mount", "mount"), ("--socket", "socket")]
-        {
+        let disks = self.disks.iter().map(|disk| ("--disk", disk.as_str()));
+        let places = [("--state", "state"), ("--mount", "mount"), ("--socket", "socket")];
+        for (flag, place) in disks.chain(places) {
             words.extend([flag.to_owned(), path(place)]);
         }
         words
@@ -119,7 +125,16 @@ impl Node {
     pub fn kill(&mut self) {
         let mut process = self.process.take().expect("it runs");
         process.kill().unwrap();
-        process.wait().unwrap();
+        until("the killed node is gone", || process.try_wait().unwrap().is_some());
+    }
+
+    /// The names of its threads, for one that may not answer yet.
+    pub fn threads(&self) -> Vec<String> {
+        let process = self.process.as_ref().expect("it runs").id();
+        let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+        // One may end while it is asked.
+        let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+        names.map(|name| name.trim_end().to_owned()).collect()
     }
 
     /// Tell it to stop, and wait for that.
