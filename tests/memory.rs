@@ -5,58 +5,21 @@
 //! the kernel's IO_FLUSHER state; where the node may not have it (no CAP_SYS_RESOURCE), the node stays outside of the
 //! group and only what is written through it lacks memory.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
-
-use nix::unistd::Pid;
+use std::time::Duration;
 
 use crate::util::{
+    group::{Controller, Group},
     long,
     node::Node,
-    run::{Running, until},
+    run::Running,
 };
 
 const LIMIT: u64 = 512 << 20;
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// A control group with bounded memory, of either version; it goes when its last member has.
-struct Group(PathBuf);
-
-impl Group {
-    fn new() -> Group {
-        let name = format!("bedplate-test-{}", Pid::this());
-        let (parent, limit) = match Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() {
-            true => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-            false => {
-                // Version 2 hands the controller down only when it is told to.
-                fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory").unwrap();
-                ("/sys/fs/cgroup", "memory.max")
-            }
-        };
-        let group = Group(Path::new(parent).join(name));
-        fs::create_dir(&group.0).unwrap();
-        fs::write(group.0.join(limit), LIMIT.to_string()).unwrap();
-        group
-    }
-
-    fn add(&self, process: Pid) {
-        fs::write(self.0.join("cgroup.procs"), process.to_string()).unwrap();
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // Its members end with the node, which was made later and so is dropped before.
-        until("the control group is empty", || fs::remove_dir(&self.0).is_ok() || !self.0.exists());
-    }
-}
-
 #[test]
 fn writing_through_a_loop_device_beside_a_memory_hog_comes_to_an_end() {
-    let group = Group::new();
+    let group = Group::new(Controller::Memory, LIMIT);
     let node = Node::start();
     let mib: u64 = if long() { 2048 } else { 768 };
     node.run(&format!("volume create v --size {}M", mib + 512));
@@ -66,7 +29,7 @@ fn writing_through_a_loop_device_beside_a_memory_hog_comes_to_an_end() {
     }
     let device = node.json("volume attach v")["device"].as_str().unwrap().to_owned();
     node.sh(&format!("mkfs.ext4 -q -E lazy_itable_init=1 {device}; mkdir m; mount {device} m"));
-    let join = format!("echo $$ > {}/cgroup.procs", group.0.display());
+    let join = format!("echo $$ > {}/cgroup.procs", group.dir().display());
     // Anonymous memory that is used all the time, too much of it for the writer's pages to stay.
     let hog = Running::start(&mut node.shell(&format!(
         "{join}; exec python3 -c 'b = bytearray(320 << 20)\nwhile True:\n for i in range(0, len(b), 4096): b[i] = 1'"
