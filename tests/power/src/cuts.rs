@@ -2,7 +2,6 @@
 
 use std::{
     fs::{self, File},
-    os::unix::net::UnixListener,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -10,31 +9,32 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use bedplate_testkit::journal::Dice;
 use serde::Serialize;
 
 use crate::{
     disk::{Disk, Entry, Medium, materialise},
+    file_system::FileSystem,
     guest::{Guest, Image, run},
     judge::{Bench, Promise, Verdict},
     nbd,
-    node::{Mounted, Node},
-    script::{Dice, VOLUME_SECTORS, WRITERS, image},
+    node::{self, Executor},
+    script::{WRITERS, dice, image},
 };
 
-/// An emulated machine starts slowly on a busy host.
-const GUEST_DEADLINE: Duration = Duration::from_secs(300);
 const DISK_LEN: u64 = 512 << 20;
+/// Durable changes of the first writer before a cut, at most.
+const DURABLE_MAX: u64 = 200;
 /// What the negative control's disk forgets.
-const FORGOTTEN_ENTRIES: usize = 60;
+const FORGOTTEN_ENTRIES: usize = 100;
 
 /// What is tried.
 pub struct Plan {
-    pub program: PathBuf,
     pub cuts: usize,
     pub points_per_kill: usize,
     pub seed: u64,
-    pub combinations: Vec<(String, String)>,
+    pub combinations: Vec<(FileSystem, Executor)>,
 }
 
 /// What came of it.
@@ -66,8 +66,8 @@ pub struct Control {
 #[derive(Debug, Serialize)]
 pub struct Run {
     pub seed: u64,
-    pub fs: String,
-    pub executor: String,
+    pub fs: FileSystem,
+    pub executor: Executor,
     pub log_writes: usize,
     pub log_flushes: usize,
     pub durable_changes: u64,
@@ -76,30 +76,34 @@ pub struct Run {
 }
 
 /// Make runs until `plan.cuts` cuts are judged; `progress` is told of each run.
-pub fn execute(plan: &Plan, guest: &Image, dir: &Path, mut progress: impl FnMut(&Report)) -> Result<Report> {
+pub fn execute(
+    plan: &Plan,
+    guest: &Image,
+    dir: &Path,
+    mut progress: impl FnMut(&Report) -> Result<()>,
+) -> Result<Report> {
     let mut report = Report { seed: plan.seed, ..Report::default() };
     let started = Instant::now();
-    for (round, (fs, executor)) in (0..).zip(plan.combinations.iter().cycle()) {
+    for (round, &(fs, executor)) in (0..).zip(plan.combinations.iter().cycle()) {
         if report.cuts >= plan.cuts {
             break;
         }
-        let seed = Dice::of(&[plan.seed, round]).next() >> 16;
+        let seed = dice(&[plan.seed, round]).roll(1 << 48);
         let points = plan.points_per_kill.min(plan.cuts - report.cuts - 1);
-        let life = Life { plan, guest, dir, fs, executor, seed };
+        let life = Life { guest, dir, fs, executor, seed };
         life.live(points, &mut report)
             .with_context(|| format!("run {round}: seed {seed}, {fs}, {executor}"))?;
         report.seconds = started.elapsed().as_secs();
-        progress(&report);
+        progress(&report)?;
     }
     Ok(report)
 }
 
 struct Life<'a> {
-    plan: &'a Plan,
     guest: &'a Image,
     dir: &'a Path,
-    fs: &'a str,
-    executor: &'a str,
+    fs: FileSystem,
+    executor: Executor,
     seed: u64,
 }
 
@@ -111,13 +115,7 @@ impl Life<'_> {
         let log = self.run_guest(&base, &mut dice)?;
         let ready =
             log.iter().position(|entry| *entry == Entry::Note("ready".to_owned())).context("it was ready")?;
-        let bench = Bench {
-            program: &self.plan.program,
-            executor: self.executor,
-            fs: self.fs,
-            seed: self.seed,
-            image: &content,
-        };
+        let bench = Bench { executor: self.executor, fs: self.fs, seed: self.seed, image: &content };
         let mut faults = Vec::new();
         let mut ends = vec![log.len()];
         ends.extend((0..points).map(|_| ready + below(&mut dice, log.len() - ready)));
@@ -139,8 +137,8 @@ impl Life<'_> {
         report.control.wrong_sectors += verdict.wrong_sectors;
         report.runs.push(Run {
             seed: self.seed,
-            fs: self.fs.to_owned(),
-            executor: self.executor.to_owned(),
+            fs: self.fs,
+            executor: self.executor,
             log_writes: log.iter().filter(|entry| matches!(entry, Entry::Write { .. })).count(),
             log_flushes: log.iter().filter(|entry| **entry == Entry::Flush).count(),
             durable_changes: promise.durable_changes(),
@@ -153,53 +151,32 @@ impl Life<'_> {
     /// A disk with a file system, an image and volumes, as an orderly end of a node leaves it.
     fn prepare(&self, content: &[u8]) -> Result<PathBuf> {
         let (base, source) = (self.dir.join("base.img"), self.dir.join("source.raw"));
-        let make = Making { dir: self.dir, base: &base };
-        make.file_system(self.fs)?;
+        self.fs.make(&base, DISK_LEN)?;
         fs::write(&source, content)?;
-        let mounted = Mounted::new(&base, &self.dir.join("disk"))?;
-        let node =
-            Node::start(&self.plan.program, "blocking", &self.dir.join("disk"), &self.dir.join("node"))?;
-        node.cli(&format!("image create base --from {} --wait", source.display()))?;
+        let node = node::over(&base, Executor::Blocking);
+        node.run(&format!("image create base --from {} --wait", source.display()));
         for writer in 0..WRITERS {
-            node.cli(&format!("volume create v{writer} --image base --size {}", VOLUME_SECTORS * 512))?;
+            node.run(&format!("volume create v{writer} --image base"));
         }
-        node.stop()?;
-        mounted.unmount()?;
+        node::end(node);
         Ok(base)
     }
 
     /// Let it work for a while, and cut its power in the middle.
     fn run_guest(&self, base: &Path, dice: &mut Dice) -> Result<Vec<Entry>> {
-        let (now, socket, console) =
-            (self.dir.join("now.img"), self.dir.join("nbd.sock"), self.dir.join("console"));
+        let (now, socket) = (self.dir.join("now.img"), self.dir.join("nbd.sock"));
         copy(base, &now)?;
-        let disk = Arc::new(Disk::new(File::open(base)?, File::options().read(true).write(true).open(&now)?));
-        for stale in [&socket, &console] {
-            if stale.exists() {
-                fs::remove_file(stale)?;
-            }
-        }
-        nbd::serve(UnixListener::bind(&socket)?, disk.clone());
-        let drive = |export: &str| format!("file=nbd:unix:{}:exportname={export}", socket.display());
-        let environment = format!("FS={} EXECUTOR={} SEED={}", self.fs, self.executor, self.seed);
-        let mut guest = Guest::start(self.guest, &[drive("disk"), drive("notes")], &environment, &console)?;
+        let disk = Arc::new(Disk::new(File::options().read(true).write(true).open(&now)?));
+        nbd::serve(&socket, 2, disk.clone())?;
+        let drives = ["disk", "notes"].map(|export| nbd::drive(&socket, export));
+        let environment = format!("ROLE=node FS={} EXECUTOR={} SEED={}", self.fs, self.executor, self.seed);
+        let mut guest = Guest::start(self.guest, &drives, &environment, self.dir)?;
         // Between a few changes and some seconds of them.
-        let enough = 2 + dice.roll(90);
-        let deadline = Instant::now() + GUEST_DEADLINE;
-        let prefix = "durable 0 ";
-        while !disk.noted(|text| {
-            text.strip_prefix(prefix)
-                .and_then(|number| number.parse::<u64>().ok())
-                .is_some_and(|number| number >= enough)
-        }) {
-            ensure!(guest.is_running()?, "the guest ended: {}", guest.console());
-            ensure!(
-                Instant::now() < deadline,
-                "the guest is too slow; its console says: {}",
-                guest.console()
-            );
-            thread::sleep(Duration::from_millis(20));
-        }
+        let enough = 2 + dice.roll(DURABLE_MAX);
+        guest.wait(&disk, |text| {
+            let number = text.strip_prefix("durable 0 ").and_then(|number| number.parse::<u64>().ok());
+            number.is_some_and(|number| number >= enough)
+        })?;
         thread::sleep(Duration::from_micros(dice.roll(200_000)));
         guest.kill()?;
         Ok(disk.cut())
@@ -219,25 +196,7 @@ impl Life<'_> {
         let disk = File::options().write(true).open(&file)?;
         materialise(log, medium, dice, &disk)?;
         drop(disk);
-        Ok(bench.judge(&file, promise, self.dir))
-    }
-}
-
-struct Making<'a> {
-    dir: &'a Path,
-    base: &'a Path,
-}
-
-impl Making<'_> {
-    fn file_system(&self, fs: &str) -> Result<()> {
-        fs::create_dir_all(self.dir)?;
-        let file = File::create(self.base)?;
-        file.set_len(DISK_LEN)?;
-        match fs {
-            "xfs" => run(Command::new("mkfs.xfs").arg("-q").arg(self.base))?,
-            _ => run(Command::new("mkfs.ext4").arg("-q").arg(self.base))?,
-        };
-        Ok(())
+        Ok(bench.judge(&file, promise))
     }
 }
 

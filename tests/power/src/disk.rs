@@ -11,7 +11,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use crate::script::{Dice, SECTOR};
+use bedplate_testkit::journal::Dice;
+
+use crate::script::SECTOR;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
@@ -20,16 +22,16 @@ pub enum Entry {
     Note(String),
 }
 
-/// A disk that a guest uses: the content it began with, which stays as it is, and the log over it.
+/// A disk that a guest uses: its content now, and the log of how it came to that.
 pub struct Disk {
-    base: File,
+    /// For reads: a copy that the host's page cache holds.
+    now: File,
     state: Mutex<State>,
 }
 
+#[derive(Default)]
 struct State {
     log: Vec<Entry>,
-    /// The newest content, for reads: a copy that the host's page cache holds.
-    now: File,
     /// The power is off: nothing is answered any more.
     off: bool,
 }
@@ -44,12 +46,12 @@ pub enum Medium {
 }
 
 impl Disk {
-    pub fn new(base: File, now: File) -> Disk {
-        Disk { base, state: Mutex::new(State { log: Vec::new(), now, off: false }) }
+    pub fn new(now: File) -> Disk {
+        Disk { now, state: Mutex::default() }
     }
 
     pub fn len(&self) -> io::Result<u64> {
-        Ok(self.base.metadata()?.len())
+        Ok(self.now.metadata()?.len())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -58,8 +60,7 @@ impl Disk {
 
     pub fn read(&self, at: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; len];
-        let state = self.state();
-        state.now.read_exact_at(&mut bytes, at)?;
+        self.now.read_exact_at(&mut bytes, at)?;
         Ok(bytes)
     }
 
@@ -69,15 +70,15 @@ impl Disk {
             return Err(io::Error::other("the power is off"));
         }
         if let Entry::Write { at, bytes, .. } = &entry {
-            state.now.write_all_at(bytes, *at)?;
+            self.now.write_all_at(bytes, *at)?;
         }
         state.log.push(entry);
         Ok(())
     }
 
-    /// Whether a note of the log satisfies this.
+    /// Whether a note of the log satisfies this; the newest are looked at first.
     pub fn noted(&self, is: impl Fn(&str) -> bool) -> bool {
-        self.state().log.iter().any(|entry| matches!(entry, Entry::Note(text) if is(text)))
+        self.state().log.iter().rev().any(|entry| matches!(entry, Entry::Note(text) if is(text)))
     }
 
     /// The cut: what is under way is not answered, and the log ends here.

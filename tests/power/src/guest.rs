@@ -1,4 +1,4 @@
-//! The guest: an initial file system with the node and the load in it, and the emulated machine that is switched off.
+//! The guest: an initial file system with the programs that it runs, and the emulated machine that is switched off.
 //!
 //! Software emulation, so that it runs wherever qemu does. The machine is ended by SIGKILL: nothing of its memory, its
 //! page cache or its queues survives, and what the disk makes of its own is decided in [`crate::disk`].
@@ -9,12 +9,20 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 
+use crate::{disk::Disk, notes::FAILED};
+
 /// What the guest's kernel needs of its modules.
 const MODULES: [&str; 6] = ["virtio_pci", "virtio_blk", "ext4", "xfs", "fuse", "crc32c_generic"];
+
+/// An emulated machine starts slowly on a busy host.
+const DEADLINE: Duration = Duration::from_secs(300);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// What a machine is started from, made once.
 pub struct Image {
@@ -24,7 +32,7 @@ pub struct Image {
 
 impl Image {
     /// From an unpacked kernel (see the script `kernel`), with these programs and the libraries that they ask for.
-    pub fn build(kernel: &Path, programs: &[&Path], dir: &Path) -> Result<Image> {
+    pub fn build(kernel: &Path, programs: &[PathBuf], dir: &Path) -> Result<Image> {
         let version = fs::read_to_string(kernel.join("version"))
             .context("the guest's kernel; run tests/power/kernel")?;
         let root = dir.join("root");
@@ -55,7 +63,7 @@ impl Image {
         }
         let lines: String = listed.iter().map(|name| format!("/lib/{name}\n")).collect();
         fs::write(root.join("modules"), lines)?;
-        fs::write(root.join("init"), include_str!("init"))?;
+        fs::write(root.join("init"), include_str!("init.sh"))?;
         fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
         let initramfs = dir.join("initramfs");
         let pack = format!(
@@ -103,8 +111,10 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// With the drives as qemu's `-drive` takes them, in their order, and these variables of its first process.
-    pub fn start(image: &Image, drives: &[String], environment: &str, console: &Path) -> Result<Guest> {
+    /// With the drives as qemu's `-drive` takes them, in their order, and these variables of its first process; what it
+    /// prints is kept in `dir`.
+    pub fn start(image: &Image, drives: &[String], environment: &str, dir: &Path) -> Result<Guest> {
+        let console = dir.join("console");
         let mut command = Command::new("setpriv");
         command.args([
             "--pdeathsig",
@@ -124,17 +134,25 @@ impl Guest {
         for drive in drives {
             command.arg("-drive").arg(format!("if=virtio,format=raw,cache=none,{drive}"));
         }
-        let log = File::options().create(true).append(true).open(console.with_extension("qemu"))?;
+        let log = File::create(console.with_extension("qemu"))?;
         let qemu =
             command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().context("qemu")?;
-        Ok(Guest { qemu, console: console.to_owned() })
+        Ok(Guest { qemu, console })
     }
 
-    pub fn is_running(&mut self) -> Result<bool> {
-        Ok(self.qemu.try_wait()?.is_none())
+    /// Wait until `disk` has such a note of a load that works.
+    pub fn wait(&mut self, disk: &Disk, noted: impl Fn(&str) -> bool) -> Result<()> {
+        let deadline = Instant::now() + DEADLINE;
+        while !disk.noted(&noted) {
+            ensure!(self.qemu.try_wait()?.is_none(), "the guest ended: {}", self.console());
+            ensure!(Instant::now() < deadline, "the guest is too slow; its console says: {}", self.console());
+            thread::sleep(LOOK);
+        }
+        ensure!(!disk.noted(|text| text.starts_with(FAILED)), "the load failed: {}", self.console());
+        Ok(())
     }
 
-    pub fn console(&self) -> String {
+    fn console(&self) -> String {
         let text = |path: &Path| fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         let said = [text(&self.console), text(&self.console.with_extension("qemu"))];
         said.into_iter().flatten().collect()

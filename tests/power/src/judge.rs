@@ -3,14 +3,20 @@
 //! The disk is mounted as a machine does that starts again, a node serves it, and every sector of every volume is
 //! compared, the snapshots through clones; the image is verified; then the file system is checked by its own tool.
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{
+    any::Any,
+    collections::BTreeMap,
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
-use anyhow::{Context, Result};
+use bedplate_testkit::node::Node;
 
 use crate::{
     disk::Entry,
-    guest::run,
-    node::{Mounted, Node},
+    file_system::FileSystem,
+    node::{self, Executor},
     script::{Bounds, WRITERS, begun_at_most, judge},
 };
 
@@ -84,69 +90,55 @@ pub struct Verdict {
 }
 
 pub struct Bench<'a> {
-    pub program: &'a Path,
-    pub executor: &'a str,
-    pub fs: &'a str,
+    pub executor: Executor,
+    pub fs: FileSystem,
     pub seed: u64,
     pub image: &'a [u8],
 }
 
 impl Bench<'_> {
-    /// Judge the disk in `file`; `dir` is for the node's things.
-    pub fn judge(&self, file: &Path, promise: &Promise, dir: &Path) -> Verdict {
+    /// Judge the disk in `file`.
+    pub fn judge(&self, file: &Path, promise: &Promise) -> Verdict {
         let mut verdict = Verdict::default();
-        if let Err(error) = self.serve(file, promise, dir, &mut verdict) {
-            verdict.complaints.push(format!("{error:#}"));
+        let served = catch_unwind(AssertUnwindSafe(|| self.serve(file, promise, &mut verdict)));
+        if let Err(panic) = served {
+            verdict.complaints.push(said(&*panic));
         }
-        if let Err(error) = self.check_file_system(file) {
+        if let Err(error) = self.fs.check(file) {
             verdict.complaints.push(format!("the file system: {error:#}"));
         }
         verdict
     }
 
-    fn serve(&self, file: &Path, promise: &Promise, dir: &Path, verdict: &mut Verdict) -> Result<()> {
-        let mounted = Mounted::new(file, &dir.join("disk")).context("the disk is not mounted")?;
-        let node = Node::start(self.program, self.executor, &dir.join("disk"), &dir.join("node"))?;
+    /// Whatever stands in the way ends it with a panic.
+    fn serve(&self, file: &Path, promise: &Promise, verdict: &mut Verdict) {
+        let node = node::over(file, self.executor);
+        node.idle_jobs();
+        node.assert_nothing_is_left_over();
+        assert_eq!(node.names("volume").len() as u64, WRITERS);
         for writer in 0..WRITERS {
             let durable = promise.durable(writer);
             let bounds = Bounds { durable, begun: begun_at_most(self.seed, writer, durable) };
-            self.compare(&format!("v{writer}"), writer, bounds, &node, verdict)?;
-            self.snapshots(writer, bounds, promise, &node, verdict)?;
+            self.compare(&format!("v{writer}"), writer, bounds, &node, verdict);
+            self.snapshots(writer, bounds, promise, &node, verdict);
         }
-        node.cli("image verify base")?;
-        let state = node.json("image get base")?["state"].clone();
-        if state != "ready" {
-            verdict.complaints.push(format!("the image is {state}"));
-        }
-        node.stop()?;
-        mounted.unmount()
+        node.run("image verify base");
+        assert_eq!(node.json("image get base")["state"], "ready");
+        node.run("doctor");
+        node::end(node);
     }
 
-    fn compare(
-        &self,
-        name: &str,
-        writer: u64,
-        bounds: Bounds,
-        node: &Node,
-        verdict: &mut Verdict,
-    ) -> Result<()> {
-        let wrong = judge(self.seed, writer, bounds, self.image, &node.read(name)?);
+    fn compare(&self, name: &str, writer: u64, bounds: Bounds, node: &Node, verdict: &mut Verdict) {
+        let content = fs::read(node.volume(name)).unwrap_or_else(|error| panic!("volume {name}: {error}"));
+        let wrong = judge(self.seed, writer, bounds, self.image, &content);
         verdict.wrong_sectors += wrong.len();
         let room = COMPLAINTS_MAX.saturating_sub(verdict.complaints.len());
         verdict.complaints.extend(wrong.into_iter().take(room).map(|said| format!("{name}: {said}")));
-        Ok(())
     }
 
     /// Every snapshot that must be there is, none is that must not, and each holds what it must.
-    fn snapshots(
-        &self,
-        volume: u64,
-        now: Bounds,
-        promise: &Promise,
-        node: &Node,
-        verdict: &mut Verdict,
-    ) -> Result<()> {
-        let list = node.json(&format!("snapshot list v{volume}"))?;
+    fn snapshots(&self, volume: u64, now: Bounds, promise: &Promise, node: &Node, verdict: &mut Verdict) {
+        let list = node.json(&format!("snapshot list v{volume}"));
         let names: Vec<&str> =
             list.as_array().into_iter().flatten().filter_map(|one| one["name"].as_str()).collect();
         let known = promise.snapshots.iter().filter(|((of, _), _)| *of == volume);
@@ -159,9 +151,9 @@ impl Bench<'_> {
             } else if there {
                 let begun = snapshot.done.map_or(now.begun, |done| begun_at_most(self.seed, volume, done));
                 let bounds = Bounds { durable: snapshot.durable, begun };
-                node.cli(&format!("volume clone v{volume}@{name} probe"))?;
-                self.compare("probe", volume, bounds, node, verdict)?;
-                node.cli("volume delete probe")?;
+                node.run(&format!("volume clone v{volume}@{name} probe"));
+                self.compare("probe", volume, bounds, node, verdict);
+                node.run("volume delete probe");
                 verdict.snapshots_checked += 1;
             }
         }
@@ -172,14 +164,10 @@ impl Bench<'_> {
         verdict
             .complaints
             .extend(unknown.map(|name| format!("v{volume}: snapshot {name}, which nobody made")));
-        Ok(())
     }
+}
 
-    fn check_file_system(&self, file: &Path) -> Result<()> {
-        match self.fs {
-            "xfs" => run(Command::new("xfs_repair").arg("-n").arg(file))?,
-            _ => run(Command::new("e2fsck").arg("-fn").arg(file))?,
-        };
-        Ok(())
-    }
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }

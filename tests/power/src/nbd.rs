@@ -6,8 +6,10 @@
 //! in the log before it.
 
 use std::{
+    fs,
     io::{self, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
+    path::Path,
     sync::Arc,
     thread,
 };
@@ -41,15 +43,25 @@ enum Export {
     Notes,
 }
 
-/// Serve until the process ends: each connection on a thread that ends with it.
-pub fn serve(listener: UnixListener, disk: Arc<Disk>) {
+/// Serve as many exports as a guest has drives of it, each on a thread that ends with the guest.
+pub fn serve(socket: &Path, exports: usize, disk: Arc<Disk>) -> io::Result<()> {
+    if socket.exists() {
+        fs::remove_file(socket)?;
+    }
+    let listener = UnixListener::bind(socket)?;
     thread::spawn(move || {
-        for stream in listener.incoming().map_while(Result::ok) {
+        for stream in listener.incoming().map_while(Result::ok).take(exports) {
             let disk = disk.clone();
             // A guest that is killed leaves in the middle of whatever it was at.
             thread::spawn(move || drop(converse(stream, &disk)));
         }
     });
+    Ok(())
+}
+
+/// The export `name` of that, as qemu's `-drive` takes it.
+pub fn drive(socket: &Path, name: &str) -> String {
+    format!("file=nbd:unix:{}:exportname={name}", socket.display())
 }
 
 fn converse(mut stream: UnixStream, disk: &Disk) -> io::Result<()> {

@@ -1,124 +1,46 @@
-//! A node on the host over the file system of a cut disk: loop-mounted, served, asked, and taken down again.
+//! A node on the host, as a user of this laboratory wants it.
 
-use std::{
-    fs::{self, File},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fmt, path::Path};
 
-use anyhow::{Context, Result, bail, ensure};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use bedplate_testkit::node::Node;
+use clap::ValueEnum;
+use nix::sys::signal::Signal;
+use serde::Serialize;
 
-use crate::guest::run;
-
-const DEADLINE: Duration = Duration::from_secs(120);
-const LOOK: Duration = Duration::from_millis(10);
-
-/// A disk image that is mounted. Dropped, it is not.
-pub struct Mounted {
-    at: PathBuf,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Executor {
+    Blocking,
+    Ring,
 }
 
-impl Mounted {
-    /// What a machine does with it when it starts again: the file system replays its journal.
-    pub fn new(image: &Path, at: &Path) -> Result<Mounted> {
-        fs::create_dir_all(at)?;
-        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(at))?;
-        Ok(Mounted { at: at.to_owned() })
-    }
-
-    pub fn unmount(self) -> Result<()> {
-        run(Command::new("umount").arg(&self.at))?;
-        Ok(())
+impl fmt::Display for Executor {
+    /// As `bedplate serve --executor` calls it.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Executor::Blocking => "blocking",
+            Executor::Ring => "ring",
+        })
     }
 }
 
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // Not mounted any more after an orderly end; otherwise whatever still uses it goes with it.
-        let _ = Command::new("umount").arg("-l").arg(&self.at).stderr(Stdio::null()).status();
-    }
+/// A node that is not started yet.
+pub fn with(executor: Executor) -> Node {
+    let mut node = Node::idle();
+    node.wrap(&["env", &format!("BEDPLATE_EXECUTOR={executor}")]);
+    node
 }
 
-pub struct Node {
-    program: PathBuf,
-    dir: PathBuf,
-    process: Child,
+/// A node that serves the file system in `file`, mounted as a machine does that starts again: its journal is replayed.
+pub fn over(file: &Path, executor: Executor) -> Node {
+    let mut node = with(executor);
+    node.sh(&format!("mount -o loop '{}' $D", file.display()));
+    node.restart();
+    node
 }
 
-impl Node {
-    /// A node over `disk`, with everything of its own in `dir`; it is ready on return.
-    pub fn start(program: &Path, executor: &str, disk: &Path, dir: &Path) -> Result<Node> {
-        fs::create_dir_all(dir)?;
-        let log = File::options().create(true).append(true).open(dir.join("log"))?;
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).arg(program).arg("serve").arg("--disk").arg(disk);
-        for (flag, name) in [("--state", "state"), ("--mount", "mount"), ("--socket", "socket")] {
-            command.arg(flag).arg(dir.join(name));
-        }
-        command.args(["--executor", executor, "--fuse-transport", "classic"]).env("NO_COLOR", "1");
-        let process = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
-        let mut node = Node { program: program.to_owned(), dir: dir.to_owned(), process };
-        let deadline = Instant::now() + DEADLINE;
-        while node.cli("volume list").is_err() || !node.dir.join("mount/volumes").exists() {
-            if let Some(status) = node.process.try_wait()? {
-                bail!("the node ended at its start with {status}: {}", node.log());
-            }
-            ensure!(Instant::now() < deadline, "the node is not ready: {}", node.log());
-            thread::sleep(LOOK);
-        }
-        Ok(node)
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.dir.join("log")).unwrap_or_default()
-    }
-
-    pub fn cli(&self, line: &str) -> Result<String> {
-        let mut command = Command::new(&self.program);
-        run(command.args(line.split_whitespace()).env("BEDPLATE_SOCKET", self.dir.join("socket")))
-    }
-
-    pub fn json(&self, line: &str) -> Result<serde_json::Value> {
-        Ok(serde_json::from_str(&self.cli(&format!("{line} -o json"))?)?)
-    }
-
-    pub fn volume(&self, name: &str) -> PathBuf {
-        self.dir.join("mount/volumes").join(name)
-    }
-
-    pub fn read(&self, volume: &str) -> Result<Vec<u8>> {
-        fs::read(self.volume(volume)).with_context(|| format!("volume {volume}"))
-    }
-
-    /// SIGTERM, and gone on return.
-    pub fn stop(mut self) -> Result<()> {
-        kill(Pid::from_raw(i32::try_from(self.process.id())?), Signal::SIGTERM)?;
-        let deadline = Instant::now() + DEADLINE;
-        loop {
-            if let Some(status) = self.process.try_wait()? {
-                ensure!(status.success(), "the node stopped with {status}: {}", self.log());
-                return Ok(());
-            }
-            ensure!(Instant::now() < deadline, "the node does not stop: {}", self.log());
-            thread::sleep(LOOK);
-        }
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        if let Ok(None) = self.process.try_wait() {
-            // A node that did not stop in order: nothing of it may stay.
-            let _ = self.process.kill();
-            let _ = self.process.wait();
-            let _ =
-                Command::new("umount").arg("-l").arg(self.dir.join("mount")).stderr(Stdio::null()).status();
-        }
-    }
+/// The orderly end of that, and of the mount.
+pub fn end(mut node: Node) {
+    assert!(node.stop(Signal::SIGTERM).success(), "{}", node.log());
+    node.sh("umount $D");
 }

@@ -7,6 +7,8 @@
 
 use std::collections::BTreeMap;
 
+use bedplate_testkit::{content::pattern, journal::Dice};
+
 pub const SECTOR: usize = 512;
 /// Sectors of a volume, and of the image below it.
 pub const VOLUME_SECTORS: u64 = 24 << 11;
@@ -14,36 +16,9 @@ pub const WRITERS: u64 = 3;
 /// A change is at most this long.
 const CHANGE_SECTORS_MAX: u64 = 160;
 
-/// xorshift64*: small, and the same everywhere.
-#[derive(Clone, Debug)]
-pub struct Dice(u64);
-
-impl Dice {
-    pub fn new(seed: u64) -> Dice {
-        let mut dice = Dice(seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        // Neighbouring seeds begin alike.
-        for _ in 0..4 {
-            dice.next();
-        }
-        dice
-    }
-
-    pub fn of(parts: &[u64]) -> Dice {
-        let mixed = parts.iter().fold(0_u64, |mixed, part| Dice::new(mixed ^ part.rotate_left(17)).next());
-        Dice::new(mixed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// Below `bound`.
-    pub fn roll(&mut self, bound: u64) -> u64 {
-        (self.next() >> 16) % bound
-    }
+/// Dice that depend on all of these numbers.
+pub fn dice(parts: &[u64]) -> Dice {
+    parts.iter().fold(Dice::new(0), |mut dice, part| Dice::new(dice.roll(u64::MAX) ^ part.rotate_left(17)))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +46,7 @@ pub fn is_dsync(writer: u64) -> bool {
 
 /// Change `number`, from 1.
 pub fn change(seed: u64, writer: u64, number: u64) -> Change {
-    let mut dice = Dice::of(&[seed, writer, number]);
+    let mut dice = dice(&[seed, writer, number]);
     let count = 1 + if dice.roll(5) == 0 { dice.roll(CHANGE_SECTORS_MAX) } else { dice.roll(16) };
     let first = dice.roll(VOLUME_SECTORS - count);
     let kind = if !is_dsync(writer) && dice.roll(8) == 0 { Kind::Punch } else { Kind::Write };
@@ -94,7 +69,7 @@ pub fn bytes_of(writer: u64, change: &Change) -> Vec<u8> {
 pub fn image(seed: u64) -> Vec<u8> {
     let sectors = 0..VOLUME_SECTORS;
     sectors
-        .flat_map(|sector| match Dice::of(&[seed, sector / 128]).roll(3) {
+        .flat_map(|sector| match dice(&[seed, sector / 128]).roll(3) {
             0 => sector_bytes(u64::MAX, sector, 0),
             _ => vec![0; SECTOR],
         })
@@ -106,10 +81,8 @@ fn sector_bytes(writer: u64, sector: u64, number: u64) -> Vec<u8> {
     for word in [writer, sector, number] {
         bytes.extend(word.to_le_bytes());
     }
-    let mut dice = Dice::of(&[writer, sector, number]);
-    while bytes.len() < SECTOR {
-        bytes.extend(dice.next().to_le_bytes());
-    }
+    let rest = SECTOR as u64 - bytes.len() as u64;
+    bytes.extend(pattern(rest, dice(&[writer, sector, number]).roll(u64::MAX)));
     bytes
 }
 

@@ -1,60 +1,38 @@
-//! The guest's side: writers that change volumes as the script says, and a hand that snapshots and deletes meanwhile.
-//!
-//! What is durable is noted before the next change begins, on a disk that loses nothing; the write of a note returns
-//! when it is in the host's log.
-//! It all goes on until the power is cut, or something fails.
+//! The guest with a node: writers that change volumes as the script says, and a hand that snapshots and deletes
+//! meanwhile. What is durable is noted before the next change begins. It all goes on until the power is cut, or something
+//! fails.
 
 use std::{
-    fs::{File, OpenOptions},
+    convert::Infallible,
+    fs::OpenOptions,
     os::{
         fd::AsFd,
         unix::fs::{FileExt, OpenOptionsExt},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
-    sync::atomic::{AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::{
     fcntl::{FallocateFlags, fallocate},
-    libc::{O_DIRECT, O_DSYNC},
+    libc::O_DSYNC,
 };
 
-use crate::script::{self, Kind, SECTOR, WRITERS};
+use crate::{
+    notes::Notes,
+    script::{self, Kind, SECTOR, WRITERS},
+};
 
 /// An emulated machine is slow, and the host busy.
 const START_DEADLINE: Duration = Duration::from_secs(120);
 /// Snapshots of a volume that are there at once.
 const SNAPSHOTS_MAX: u64 = 3;
 
-/// Where one thread writes its notes: a sector of its own, far from others', so that no two become one request.
-struct Notes {
-    file: File,
-    at: u64,
-}
-
-impl Notes {
-    fn open(path: &Path, slot: u64) -> Result<Notes> {
-        let file = OpenOptions::new().write(true).custom_flags(O_DIRECT).open(path)?;
-        Ok(Notes { file, at: slot * 64 * SECTOR as u64 })
-    }
-
-    fn note(&self, text: &str) -> Result<()> {
-        // O_DIRECT wants an aligned buffer.
-        let mut space = [0_u8; 2 * SECTOR];
-        let from = space.as_ptr().align_offset(SECTOR);
-        let sector = &mut space[from..from + SECTOR];
-        ensure!(text.len() < SECTOR, "a note is one sector");
-        sector[..text.len()].copy_from_slice(text.as_bytes());
-        self.file.write_all_at(sector, self.at).context("a note")
-    }
-}
-
 /// Change the volumes `v0`, `v1`, ... beneath `volumes` until something fails.
-pub fn run(seed: u64, volumes: &Path, notes: &Path) -> Result<()> {
+pub fn run(seed: u64, volumes: &Path, notes: &Path) -> Result<Infallible> {
     let path = |writer: u64| volumes.join(format!("v{writer}"));
     let deadline = Instant::now() + START_DEADLINE;
     while !(0..WRITERS).all(|writer| path(writer).exists()) {
@@ -63,28 +41,20 @@ pub fn run(seed: u64, volumes: &Path, notes: &Path) -> Result<()> {
     }
     let hand = Notes::open(notes, WRITERS)?;
     hand.note("ready")?;
-    let running = AtomicU64::new(WRITERS);
-    thread::scope(|scope| {
-        let mut writers = Vec::new();
-        for writer in 0..WRITERS {
-            let (path, running) = (path(writer), &running);
-            writers.push(scope.spawn(move || {
-                let ended = write(seed, writer, &path, notes);
-                running.fetch_sub(1, Ordering::SeqCst);
-                ended.with_context(|| format!("writer {writer}"))
-            }));
-        }
-        let mut round = 0;
-        while running.load(Ordering::SeqCst) > 0 {
-            live(&hand, round)?;
-            round += 1;
-        }
-        writers.into_iter().try_for_each(|writer| writer.join().expect("a writer does not panic"))
-    })
+    for writer in 0..WRITERS {
+        let (path, notes) = (path(writer), Notes::open(notes, writer)?);
+        thread::spawn(move || {
+            let error = write(seed, writer, &path, &notes).expect_err("it writes until it fails");
+            notes.fail(&error.context(format!("writer {writer}")))
+        });
+    }
+    for round in 0.. {
+        live(&hand, round).unwrap_or_else(|error| hand.fail(&error));
+    }
+    unreachable!("rounds do not end")
 }
 
-fn write(seed: u64, writer: u64, volume: &PathBuf, notes: &Path) -> Result<()> {
-    let notes = Notes::open(notes, writer)?;
+fn write(seed: u64, writer: u64, volume: &Path, notes: &Notes) -> Result<Infallible> {
     let dsync = script::is_dsync(writer);
     let flags = if dsync { O_DSYNC } else { 0 };
     let file = OpenOptions::new().write(true).custom_flags(flags).open(volume)?;
