@@ -16,6 +16,8 @@ pub mod faults;
 mod life;
 mod medium;
 pub mod operation;
+#[cfg(feature = "planted")]
+pub mod planted;
 mod restart;
 pub mod script;
 pub mod shrink;
@@ -39,6 +41,9 @@ use self::{
     world::{Known, World},
 };
 
+/// How the finding of a panic begins.
+const PANIC: &str = "panic: ";
+
 /// Something that must not be.
 #[derive(Clone, Debug)]
 pub struct Failure {
@@ -46,6 +51,13 @@ pub struct Failure {
     pub what: String,
     /// What led to it, where that was asked for.
     pub history: Vec<String>,
+}
+
+impl Failure {
+    /// Whether an assertion failed, and not a comparison with the reference.
+    pub fn is_panic(&self) -> bool {
+        self.what.starts_with(PANIC)
+    }
 }
 
 /// Whether a run keeps its history.
@@ -69,7 +81,7 @@ pub fn run_script(script: &Script, trace: Trace) -> Result<Stats, Failure> {
     let mut world = world.borrow_mut();
     let found = match ended {
         Ok(result) => result.err().or(world.finding.take()),
-        Err(panic) => Some(format!("panic: {}", message(&*panic))),
+        Err(panic) => Some(format!("{PANIC}{}", message(&*panic))),
     };
     match found {
         Some(what) => Err(Failure { what, history: world.history.take().unwrap_or_default() }),

@@ -1,5 +1,7 @@
 //! The command line: one file per subcommand.
 
+#[cfg(feature = "planted")]
+mod planted;
 mod replay;
 mod run;
 mod stats;
@@ -22,6 +24,8 @@ enum Command {
     Run(run::Args),
     Replay(replay::Args),
     Stats(stats::Args),
+    #[cfg(feature = "planted")]
+    Planted(planted::Args),
 }
 
 pub fn main(args: Args) -> Result<ExitCode> {
@@ -31,5 +35,7 @@ pub fn main(args: Args) -> Result<ExitCode> {
         Command::Run(args) => run::run(&args),
         Command::Replay(args) => replay::replay(&args),
         Command::Stats(args) => stats::stats(&args),
+        #[cfg(feature = "planted")]
+        Command::Planted(args) => planted::planted(&args),
     }
 }
