@@ -2,8 +2,8 @@
 //!
 //! These are the standard library's and crossbeam's. With the feature `shuttle`, which is for `tests/schedules` alone, they
 //! are that crate's: its scheduler decides at each of them who goes on, so that what ships is tried in orders that a
-//! machine would show once in years. Memory orders weaker than the strongest are not its subject; `tools/sanitize` has
-//! Miri for them.
+//! machine would show once in years. It runs one thread at a time: memory orders weaker than the strongest are not its
+//! subject.
 
 #[cfg(not(feature = "shuttle"))]
 pub(crate) use {
