@@ -254,7 +254,8 @@ fn a_kill_during_a_full_clone_leaves_a_whole_clone_or_none() {
         node.assert_nothing_is_left_over();
         node.run("volume clone v new --full");
     }
-    node.sh("cmp $T/expected $V/new; cmp $T/expected $V/v");
+    node.sh("cmp $T/expected $V/new");
+    node.sh("cmp $T/expected $V/v");
     assert_eq!(node.names("volume"), ["new", "v"]);
     node.idle_jobs();
     node.assert_nothing_is_left_over();
