@@ -23,9 +23,13 @@ use crate::{
     },
 };
 
-/// With the reserve that nodes have.
+/// With the reserve that nodes have, and with patience: an origin that a busy machine keeps waiting is none that broke.
 fn reserving() -> Settings {
-    Settings { reserve: Reserve::OfSize, ..settings() }
+    let mut settings = Settings { reserve: Reserve::OfSize, ..settings() };
+    settings.http.idle_timeout = PATIENCE;
+    settings.http.first_byte_within = PATIENCE;
+    settings.http.stalled_max = PATIENCE;
+    settings
 }
 
 /// A file system of its own, unmounted at the end.

@@ -90,9 +90,12 @@ fn a_trickle_is_slow_but_not_idle() {
     let content = noise(3000, 4);
     let body = content.clone();
     let origin = Origin::start(move |asked| {
-        Answer::file(asked, &body, "\"v1\"").paced(Pace::Trickle(300, Duration::from_millis(100)))
+        Answer::file(asked, &body, "\"v1\"").paced(Pace::Trickle(300, Duration::from_millis(250)))
     });
-    let node = Node::new();
+    // All of it takes longer than this, and a piece so much less that a busy machine makes none late.
+    let mut settings = settings();
+    settings.http.idle_timeout = Duration::from_secs(2);
+    let node = Node::with(settings);
     node.bring("a", &origin.url("/a")).unwrap();
     assert_eq!(origin.seen().len(), 1);
 }
