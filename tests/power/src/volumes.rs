@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// An emulated machine is slow, and the host busy.
-const START_DEADLINE: Duration = Duration::from_secs(120);
+const START_DEADLINE: Duration = Duration::from_secs(300);
 /// Snapshots of a volume that are there at once.
 const SNAPSHOTS_MAX: u64 = 3;
 
