@@ -23,7 +23,7 @@ use crate::{
     script::{WRITERS, dice, image},
 };
 
-const DISK_LEN: u64 = 512 << 20;
+const DISK_LEN: u64 = 320 << 20;
 /// Durable changes of the first writer before a cut, at most.
 const DURABLE_MAX: u64 = 200;
 /// What the negative control's disk forgets.

@@ -11,7 +11,7 @@ use bedplate_testkit::{content::pattern, journal::Dice};
 
 pub const SECTOR: usize = 512;
 /// Sectors of a volume, and of the image below it.
-pub const VOLUME_SECTORS: u64 = 24 << 11;
+pub const VOLUME_SECTORS: u64 = 8 << 11;
 pub const WRITERS: u64 = 3;
 /// A change is at most this long.
 const CHANGE_SECTORS_MAX: u64 = 160;
