@@ -19,7 +19,7 @@ use crate::{
     world::{Known, Perhaps, World, content},
 };
 
-const VOLUMES_MAX: usize = 5;
+const VOLUMES_MAX: usize = 6;
 const SNAPSHOTS_MAX: usize = 5;
 /// Bytes of the largest volume.
 const SIZE_MAX: u64 = 24 * 4096;

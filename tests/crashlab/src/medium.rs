@@ -55,6 +55,8 @@ struct State {
     clock: i64,
     ids: u64,
     stop_at: Option<u64>,
+    /// The stop is the process's end, and not the machine's.
+    killed: bool,
 }
 
 /// A machine's medium, as one process sees it.
@@ -75,6 +77,7 @@ impl Medium {
             clock: CLOCK_START,
             ids: 0,
             stop_at: None,
+            killed: false,
         };
         Medium { storage: Arc::new(MemoryStorage::new(write_align)), state: Arc::new(Mutex::new(state)) }
     }
@@ -91,6 +94,7 @@ impl Medium {
         state.errors = 0;
         state.dropped.clear();
         state.stop_at = None;
+        state.killed = false;
         drop(state);
         Medium { storage: Arc::new(storage), state: self.state.clone() }
     }
@@ -136,6 +140,11 @@ impl Medium {
     pub fn has_stopped(&self) -> bool {
         let at = self.state().stop_at;
         at.is_some_and(|at| self.storage.calls() >= at)
+    }
+
+    /// Whether a fault has killed the process.
+    pub fn was_killed(&self) -> bool {
+        self.state().killed
     }
 
     pub fn will_stop(&self) -> bool {
@@ -333,6 +342,12 @@ impl MediumFile {
         storage.set_faults(|call| (call.kind == CallKind::Sync).then_some(Fault::Dropped));
         let result = self.file.sync();
         storage.clear_faults();
+        // Often it is a bad time: the process dies before it can leave a mark, and the next one has to find out itself.
+        let dies = self.medium.state().seed.one_in(3);
+        if dies && !self.medium.will_stop() {
+            self.medium.stop_after(0);
+            self.medium.state().killed = true;
+        }
         result
     }
 }

@@ -13,10 +13,11 @@ use bedplate_engine::{
 
 use crate::{
     cells::Cells,
+    damage,
     faults::FaultKind,
     leftovers,
     script::Cut,
-    world::{Known, Perhaps, World, content},
+    world::{Images, Known, Perhaps, World, content},
 };
 
 /// Calls of a start that is cut itself.
@@ -25,7 +26,8 @@ const CALLS_OF_A_START: u64 = 60;
 impl World {
     /// End the process, start the next one, and check what it finds.
     pub fn restart(&mut self) -> Result<(), String> {
-        let cut = self.cut.take().unwrap_or(Cut::Power);
+        let end = if self.medium.was_killed() { Cut::Kill } else { Cut::Power };
+        let cut = self.cut.take().unwrap_or(end);
         self.note(|| format!("restart: {cut:?}"));
         self.stats.restarts += 1;
         self.end_process(cut);
@@ -104,7 +106,13 @@ impl World {
         for (name, known) in &mut self.known {
             check(&disk, name, known, power_lost)?;
         }
-        leftovers::check(self.medium.storage(), &["failed"])
+        leftovers::check(self.medium.storage(), &["failed"])?;
+        if self.seed.one_in(4) {
+            self.medium.count(FaultKind::BitFlip);
+            let images = Images(self.setup.image.into());
+            damage::check(self.medium.storage(), images, &self.known, &mut self.seed)?;
+        }
+        Ok(())
     }
 
     /// What did a life operation come to of which nobody was told?

@@ -84,9 +84,35 @@ impl Perhaps {
 }
 
 enum Doing {
-    Change { change: SteppedChange, id: ChangeId, durability: Durability },
-    Flush { flush: SteppedChange, since: Moment },
-    Read { read: SteppedRead, range: ByteRange, since: Moment },
+    Change {
+        change: SteppedChange,
+        id: ChangeId,
+        durability: Durability,
+    },
+    Flush {
+        flush: SteppedChange,
+        since: Moment,
+    },
+    Read {
+        read: SteppedRead,
+        range: ByteRange,
+        since: Moment,
+    },
+    /// What is still to be carried out of a change whose client has been answered.
+    Rest {
+        rest: SteppedChange,
+    },
+}
+
+impl Doing {
+    fn steps(&mut self) -> Option<&mut SteppedChange> {
+        match self {
+            Doing::Change { change: step, .. }
+            | Doing::Flush { flush: step, .. }
+            | Doing::Rest { rest: step } => Some(step),
+            Doing::Read { .. } => None,
+        }
+    }
 }
 
 /// What a client waits for.
@@ -217,7 +243,8 @@ impl World {
 
     /// Between two calls of a life operation.
     pub fn interlude(&mut self) {
-        for _ in 0..[0, 0, 1, 3][self.seed.index(4)] {
+        // Now and then so many that others begin and end within two calls.
+        for _ in 0..[0, 0, 1, 8][self.seed.index(4)] {
             if self.medium.has_stopped() {
                 return;
             }
@@ -402,16 +429,12 @@ impl World {
         }
         match moves[chosen] {
             Move::CarryOut(flight, n) => {
-                if let Doing::Change { change: step, .. } | Doing::Flush { flush: step, .. } =
-                    &mut self.flights[flight].doing
-                {
+                if let Some(step) = self.flights[flight].doing.steps() {
                     step.carry_out(n);
                 }
             }
             Move::Deliver(flight, n) => {
-                if let Doing::Change { change: step, .. } | Doing::Flush { flush: step, .. } =
-                    &mut self.flights[flight].doing
-                {
+                if let Some(step) = self.flights[flight].doing.steps() {
                     step.deliver(n);
                 }
                 self.settle(flight);
@@ -427,18 +450,19 @@ impl World {
         let mut moves = Vec::new();
         let mut ended = Vec::new();
         for (n, flight) in self.flights.iter_mut().enumerate() {
-            match &mut flight.doing {
-                Doing::Change { change: step, .. } | Doing::Flush { flush: step, .. } => {
+            let answered = matches!(flight.doing, Doing::Rest { .. });
+            match flight.doing.steps() {
+                Some(step) => {
                     step.take_in();
-                    if step.result().is_some() {
+                    if step.result().is_some() && (!answered || is_idle(step)) {
                         ended.push(n);
                     } else if flight.waits == Some(0) {
                         moves.extend((0..step.planned().len()).map(|action| Move::CarryOut(n, action)));
                         moves.extend((0..step.carried_out()).map(|action| Move::Deliver(n, action)));
                     }
                 }
-                Doing::Read { .. } if flight.waits == Some(0) => moves.push(Move::Part(n)),
-                Doing::Read { .. } => {}
+                None if flight.waits == Some(0) => moves.push(Move::Part(n)),
+                None => {}
             }
         }
         if !ended.is_empty() {
@@ -482,15 +506,14 @@ impl World {
 
     /// Take in how flight `n` ended, if it has.
     fn settle(&mut self, n: usize) {
-        let result = match &self.flights[n].doing {
-            Doing::Change { change: step, .. } | Doing::Flush { flush: step, .. } => step.result().cloned(),
-            Doing::Read { .. } => None,
+        let Some(result) = self.flights[n].doing.steps().and_then(|step| step.result().cloned()) else {
+            return;
         };
-        let Some(result) = result else { return };
-        let Flight { volume, operation, doing, device, _hold, .. } = self.flights.remove(n);
+        let answered = self.flights.remove(n);
         if self.medium.has_stopped() {
             return;
         }
+        let Flight { client, volume, operation, doing, device, _hold, waits } = answered;
         self.note(|| format!("volume {volume}: {operation} ended {result:?}"));
         let full = self.setup.medium.is_some();
         match &result {
@@ -503,14 +526,22 @@ impl World {
             }
             _ => {}
         }
-        drop(device);
         let cells = self.cells(&volume);
-        match (doing, result) {
-            (Doing::Change { id, durability: Durability::Fua, .. }, Ok(())) => cells.acknowledged_durable(id),
-            (Doing::Change { id, .. }, Ok(())) => cells.acknowledged(id),
-            (Doing::Change { id, .. }, Err(_)) => cells.failed(id),
-            (Doing::Flush { since, .. }, Ok(())) => cells.flushed(since),
-            (Doing::Flush { .. }, Err(_)) | (Doing::Read { .. }, _) => {}
+        match (&doing, result) {
+            (Doing::Change { id, durability: Durability::Fua, .. }, Ok(())) => {
+                cells.acknowledged_durable(*id)
+            }
+            (Doing::Change { id, .. }, Ok(())) => cells.acknowledged(*id),
+            (Doing::Change { id, .. }, Err(_)) => cells.failed(*id),
+            (Doing::Flush { since, .. }, Ok(())) => cells.flushed(*since),
+            (Doing::Flush { .. }, Err(_)) | (Doing::Read { .. } | Doing::Rest { .. }, _) => {}
+        }
+        // An engine that answers too early still does the rest: others may come in between.
+        if let Doing::Change { change: rest, .. } | Doing::Flush { flush: rest, .. } = doing
+            && !is_idle(&rest)
+        {
+            let doing = Doing::Rest { rest };
+            self.flights.push(Flight { client, volume, operation, doing, device, _hold, waits });
         }
     }
 
@@ -528,6 +559,11 @@ impl World {
         let Some(disk) = &self.disk else { return false };
         disk.volumes().iter().all(|info| info.state == VolumeState::Ready)
     }
+}
+
+/// Whether nothing of an operation is left to be carried out or told.
+fn is_idle(step: &SteppedChange) -> bool {
+    step.planned().len() == 0 && step.carried_out() == 0
 }
 
 /// All bytes of a device.
