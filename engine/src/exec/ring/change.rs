@@ -152,7 +152,7 @@ impl Worker {
     }
 
     /// Leave a commit to a thread. The ring would do no better: for what a sync, or a buffered write, waits the kernel
-    /// has threads of its own, which cost more than ours and change with each step.
+    /// has threads of its own, which change with each step.
     fn commit(&mut self, id: ChangeId, first: Planned) {
         let Some(change) = self.changes.get_mut(id.0) else { return };
         let (shared, post) = (change.shared.clone(), self.post().clone());
