@@ -102,6 +102,9 @@ fn a_full_disk_fails_new_writes_and_flushes_discards_and_deletes_snapshots_and_g
         let punch = fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
         small.journal.zero(4096, 8192);
         fcntl::fallocate(&file, punch, 4096 * 512, 8192 * 512).expect("a full disk discards");
+        small.journal.zero(16384, 4096);
+        let zero = fcntl::FallocateFlags::FALLOC_FL_ZERO_RANGE | fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fcntl::fallocate(&file, zero, 16384 * 512, 4096 * 512).expect("a full disk zeroes");
         file.sync_all().expect("a full disk flushes");
         small.journal.flushed();
         small.kill_and_check();
