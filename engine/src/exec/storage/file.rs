@@ -89,23 +89,19 @@ impl FileStorage {
 }
 
 impl FileStorage {
-    /// Sync a directory and all below it.
-    fn sync_dirs(&self, path: &str) -> Result<()> {
+    /// Sync a directory and those in it, `depth` levels down.
+    fn sync_dirs(&self, path: &str, depth: usize) -> Result<()> {
         self.sync_dir(path)?;
-        let below = self.list(path)?.into_iter().filter(|(_, kind)| *kind == EntryKind::Directory);
-        below.map(|(name, _)| if path.is_empty() { name } else { format!("{path}/{name}") }).try_for_each(
-            |path| {
-                match self.sync_dirs(&path) {
-                    // The disk may hold what others own: `lost+found` of a file system is one.
-                    Err(Error::Io { source, .. })
-                        if source.kind() == std::io::ErrorKind::PermissionDenied =>
-                    {
-                        Ok(())
-                    }
-                    other => other,
-                }
-            },
-        )
+        if depth == 0 {
+            return Ok(());
+        }
+        for (name, kind) in self.list(path)? {
+            if kind == EntryKind::Directory {
+                let below = if path.is_empty() { name } else { format!("{path}/{name}") };
+                self.sync_dirs(&below, depth - 1)?;
+            }
+        }
+        Ok(())
     }
 
     fn kind_of(&self, path: &str) -> Result<EntryKind> {
@@ -206,7 +202,8 @@ impl Storage for FileStorage {
     fn sync_names(&self) -> Result<()> {
         let Err(errno) = nix::unistd::syncfs(&self.root) else { return Ok(()) };
         tracing::warn!(disk = %self.path.display(), %errno, "the file system does not sync as a whole");
-        self.sync_dirs("")
+        // `volumes/UUID` and `layers/UUID`.
+        self.sync_dirs("", 2)
     }
 
     fn allocate(&self, path: &str, len: u64) -> Result<()> {
