@@ -3,7 +3,7 @@
 //! Owns their types, the rules that a record must keep, and how a record is read and replaced: write-new, fsync,
 //! rename, fsync of the directory. An unknown version or key is refused by name.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -140,16 +140,34 @@ impl VolumeRecord {
         if let Some(missing) = named.chain(parents).find(|layer| !known.contains(layer)) {
             return Err(format!("layer {missing} is not listed"));
         }
-        if let Some(layer) = self.layers.iter().find(|layer| self.chain(layer.uuid).len() > self.layers.len())
-        {
-            return Err(format!("layer {} stands on itself", layer.uuid));
-        }
+        self.check_grounded()?;
         if self.layers.iter().any(|layer| layer.parent == Some(self.head)) {
             return Err("a layer stands on the head".into());
         }
         let mut names = HashSet::new();
         if let Some(twice) = self.snapshots.iter().find(|snapshot| !names.insert(&snapshot.name)) {
             return Err(format!("two snapshots are called {:?}", twice.name));
+        }
+        Ok(())
+    }
+
+    /// That what lies below each layer ends. All parents are listed. Each layer is gone through once: a record from
+    /// outside may have [`LAYERS_MAX`] of them, and make any shape of them.
+    fn check_grounded(&self) -> std::result::Result<(), String> {
+        let parents: HashMap<Uuid, Option<Uuid>> =
+            self.layers.iter().map(|layer| (layer.uuid, layer.parent)).collect();
+        let mut grounded = HashSet::with_capacity(parents.len());
+        for layer in &self.layers {
+            let mut way = Vec::new();
+            let mut next = Some(layer.uuid);
+            while let Some(at) = next.filter(|at| !grounded.contains(at)) {
+                if way.len() == parents.len() {
+                    return Err(format!("layer {} stands on itself", layer.uuid));
+                }
+                way.push(at);
+                next = parents.get(&at).copied().flatten();
+            }
+            grounded.extend(way);
         }
         Ok(())
     }
@@ -260,4 +278,71 @@ pub fn replace<R: Record>(storage: &dyn Storage, dir: &str, name: &str, record: 
         return Err(Replaced::Not(error));
     }
     storage.sync_dir(dir).map_err(Replaced::Perhaps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(number: usize) -> Uuid {
+        Uuid::from_u128(number as u128 + 1)
+    }
+
+    /// `count` layers, each on the one before it, the last of them the head.
+    fn volume(count: usize) -> VolumeRecord {
+        let parent = |number: usize| number.checked_sub(1).map(layer);
+        VolumeRecord {
+            format_version: FORMAT_VERSION,
+            name: "v".into(),
+            uuid: Uuid::from_u128(9),
+            size_bytes: 4096,
+            image: None,
+            head: layer(count - 1),
+            layers: (0..count).map(|n| LayerRef { uuid: layer(n), parent: parent(n) }).collect(),
+            snapshots: Vec::new(),
+            created_at: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn snapshot(name: &str, number: usize) -> SnapshotRecord {
+        SnapshotRecord {
+            name: name.into(),
+            layer: layer(number),
+            size_bytes: 4096,
+            created_at: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_is_refused_and_says_why() {
+        type Change = fn(&mut VolumeRecord);
+        let changes: [(&str, Change); 12] = [
+            ("format_version 77", |record| record.format_version = 77),
+            ("is not a name", |record| record.name.clear()),
+            ("is not a name", |record| record.name = "n".repeat(NAME_LEN_MAX + 1)),
+            ("is not a name", |record| record.name = "../v".into()),
+            ("size_bytes", |record| record.size_bytes = 4097),
+            ("size_bytes", |record| record.size_bytes = VOLUME_SIZE_MAX + SECTOR_SIZE),
+            ("are more than", |record| *record = volume(LAYERS_MAX + 1)),
+            ("listed twice", |record| record.layers[0].uuid = layer(1)),
+            ("is not listed", |record| record.layers[0].parent = Some(layer(77))),
+            ("stands on itself", |record| record.layers[0].parent = Some(layer(1))),
+            ("stands on the head", |record| record.head = layer(1)),
+            ("two snapshots", |record| record.snapshots = vec![snapshot("s", 0), snapshot("s", 1)]),
+        ];
+        for (why, change) in changes {
+            let mut record = volume(3);
+            assert_eq!(record.verify(), Ok(()));
+            change(&mut record);
+            assert!(record.verify().is_err_and(|error| error.contains(why)), "{why}: {:?}", record.verify());
+        }
+    }
+
+    #[test]
+    fn as_many_layers_as_there_can_be_are_taken_in_a_row_and_refused_in_a_circle() {
+        let mut record = volume(LAYERS_MAX);
+        assert_eq!(record.verify(), Ok(()));
+        record.layers[0].parent = Some(layer(LAYERS_MAX - 2));
+        assert!(record.verify().is_err_and(|error| error.contains("stands on itself")));
+    }
 }
