@@ -530,16 +530,25 @@ impl Disk {
             tracing::warn!(disk = %self.path().display(), "nothing is collected: a record is unreadable");
             return;
         }
+        let there: HashSet<Uuid> = names
+            .iter()
+            .filter(|(_, kind)| *kind == EntryKind::Directory)
+            .filter_map(|(name, _)| Uuid::try_parse(name).ok())
+            .collect();
+        // An older record, put back: what the newest one listed is all that there is of the volume.
+        let lacks = |record: &VolumeRecord| record.layers.iter().any(|layer| !there.contains(&layer.uuid));
+        let broken = tree.broken.iter().find(|broken| broken.record.as_ref().is_some_and(lacks));
+        if let Some(broken) = broken {
+            tracing::warn!(volume = %broken.name, "nothing is collected: its record names a layer that is missing");
+            return;
+        }
         tree.forget_unused();
         let records = tree.records();
         let counted = if planted::is(Bug::OverlookedReference) { 1 } else { records.len() };
         let listed =
             records.iter().take(counted).flat_map(|record| record.layers.iter().map(|layer| layer.uuid));
         let used: HashSet<Uuid> = listed.chain(tree.pending.iter().copied()).collect();
-        let layers = names.into_iter().filter(|(_, kind)| *kind == EntryKind::Directory);
-        let unused =
-            layers.filter_map(|(name, _)| Uuid::try_parse(&name).ok().filter(|uuid| !used.contains(uuid)));
-        tree.unused.extend(unused);
+        tree.unused.extend(there.difference(&used));
     }
 
     /// Remove what was collected. Errors are logged: the next start tries again.

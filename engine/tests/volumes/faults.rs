@@ -72,6 +72,42 @@ fn what_is_flushed_after_recovering_from_an_uncertain_revert_survives_a_kill() {
 }
 
 #[test]
+fn nothing_is_collected_while_a_record_names_a_layer_that_is_missing() {
+    let (storage, disk) = disk(65536);
+    let path = format!("volumes/{}/volume.json", served(&disk, "v").record().dir_name());
+    disk.create_snapshot("v", "s").expect("taken");
+    let older = storage.bytes(&path).expect("there");
+    served(&disk, "v").write_at(&[7; 4096], 0, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "kept").expect("taken");
+    disk.delete_snapshot("v", "s").expect("deleted");
+    disk.reclaim(|| true).expect("merged");
+    drop(disk);
+    let newest = storage.bytes(&path).expect("there");
+    storage.damage(&path, |bytes| *bytes = older).expect("an older record is put back");
+    let disk = open(&storage);
+    assert!(matches!(disk.volume("v"), Err(Error::Failed { .. })));
+    drop(disk);
+    storage.damage(&path, |bytes| *bytes = newest).expect("the right one comes back");
+    assert_eq!(first_byte(&open(&storage)), 7);
+}
+
+#[test]
+fn a_record_for_which_there_is_no_room_leaves_nothing_of_it_on_the_disk() {
+    let (storage, disk) = disk(65536);
+    disk.create_snapshot("v", "s").expect("taken");
+    storage.set_faults(|call| {
+        let is_record = call.kind == CallKind::Write && call.path.ends_with("volume.json.new");
+        is_record.then_some(Fault::Error(ErrorKind::StorageFull))
+    });
+    assert!(matches!(disk.delete_snapshot("v", "s"), Err(Error::NoSpace { .. })));
+    storage.clear_faults();
+    let dir = format!("volumes/{}", served(&disk, "v").record().dir_name());
+    let names: Vec<String> = storage.list(&dir).expect("listed").into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["volume.json"]);
+    disk.delete_snapshot("v", "s").expect("deleted");
+}
+
+#[test]
 fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked() {
     let (storage, disk) = disk(65536);
     let volume = served(&disk, "v");

@@ -201,6 +201,34 @@ fn a_view_of_a_live_volume_stays_as_it_was_while_the_volume_goes_on() {
 }
 
 #[test]
+fn a_merge_whose_layers_a_revert_takes_away_meanwhile_ends_without_an_error() {
+    // The one block goes down into the lower layer, the five of that come up to the ten.
+    for upper in [4096, 40_960] {
+        let fixture = Fixture::new();
+        let disk = fixture.disk();
+        disk.create_volume("v", Origin::Empty, Some(ByteLen(SIZE))).expect("created");
+        let volume = served(&disk, "v");
+        disk.create_snapshot("v", "first").expect("taken");
+        volume.write_at(&[1; 20_480], 0, Durability::Volatile).expect("written");
+        disk.create_snapshot("v", "lower").expect("taken");
+        volume.write_at(&vec![2; upper], 0, Durability::Volatile).expect("written");
+        disk.create_snapshot("v", "upper").expect("taken");
+        disk.delete_snapshot("v", "lower").expect("deleted");
+        let mut reverted = false;
+        let merged = disk.reclaim(|| {
+            if !std::mem::replace(&mut reverted, true) {
+                disk.revert("v", "first", None).expect("reverted");
+                disk.delete_snapshot("v", "upper").expect("deleted");
+            }
+            true
+        });
+        assert!(matches!(merged, Ok(())), "{merged:?}");
+        assert!(reverted, "there was something to merge");
+        assert_same(&content(&served(&disk, "v")), &vec![0; to_usize(SIZE)], "what was reverted");
+    }
+}
+
+#[test]
 fn a_view_that_cannot_be_had_leaves_no_snapshot_behind() {
     let fixture = Fixture::new();
     let disk = fixture.disk();
