@@ -9,6 +9,8 @@ use std::{
     io::ErrorKind,
 };
 
+use rustc_hash::FxHashSet;
+
 use super::{Effect, EntryKind, file::FileNode};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,7 +90,7 @@ impl Names {
 
     /// Bytes of the files that have a name or are open.
     pub(super) fn used_bytes(&self) -> u64 {
-        let named: HashSet<NodeId> = self.shown.values().copied().collect();
+        let named: FxHashSet<NodeId> = self.shown.values().copied().collect();
         let files = self.nodes.iter().filter_map(|(id, node)| match node {
             Node::File(file) if file.handles > 0 || named.contains(id) => Some(file.used_bytes()),
             Node::File(_) | Node::Directory => None,
@@ -202,11 +204,14 @@ impl Names {
         for change in &mut self.unsynced {
             change.awaits.retain(|awaited| *awaited != directory);
         }
+        let unsynced = self.unsynced.len();
         // In order: a change that is durable may follow one on the same name that is not.
         while self.unsynced.first().is_some_and(|first| first.awaits.is_empty()) {
             self.unsynced.remove(0).change.apply(&mut self.kept);
         }
-        self.collect();
+        if self.unsynced.len() < unsynced {
+            self.collect();
+        }
         Ok(())
     }
 
@@ -219,13 +224,16 @@ impl Names {
     pub(super) fn close(&mut self, node: NodeId) {
         if let Ok(file) = self.file_mut(node) {
             file.handles = file.handles.saturating_sub(1);
+            if file.handles == 0 && !self.shown.values().any(|named| *named == node) {
+                self.collect();
+            }
         }
-        self.collect();
     }
 
     /// Forget files that nobody can reach any more. A file whose removal a crash may undo keeps its bytes.
     fn collect(&mut self) {
-        let mut reachable: HashSet<NodeId> = self.shown.values().chain(self.kept.values()).copied().collect();
+        let mut reachable: FxHashSet<NodeId> =
+            self.shown.values().chain(self.kept.values()).copied().collect();
         for unsynced in &self.unsynced {
             if let Change::Link { node, .. } | Change::Rename { node, .. } = &unsynced.change {
                 reachable.insert(*node);
