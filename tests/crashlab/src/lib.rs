@@ -2,7 +2,8 @@
 //!
 //! [`run_seed`] runs one seed, on the calling thread alone: [`script`] says what happens, `world` is the machine and its
 //! clients, `life` the operations on its disk, `restart` the ends of its process, `medium` what lies below,
-//! [`faults`] the list of what goes wrong with it and [`stats`] how often it did. The reference is the engine's own
+//! [`decay`] what a medium that lies leads to, [`faults`] the list of what goes wrong with it and [`stats`] how often
+//! it did. The reference is the engine's own
 //! (`engine/tests/model/cells.rs`): what each 64 bytes of a volume may hold. [`shrink`] makes a failure short.
 
 #[path = "../../../engine/tests/model/cells.rs"]
@@ -13,6 +14,7 @@ mod image;
 mod leftovers;
 
 mod damage;
+pub mod decay;
 pub mod faults;
 mod life;
 mod medium;
@@ -75,23 +77,33 @@ pub fn run_seed(seed: u64) -> Result<Stats, Failure> {
 
 /// Run a script, on this thread.
 pub fn run_script(script: &Script, trace: Trace) -> Result<Stats, Failure> {
+    let (found, history) = tell(script, trace);
+    found.map_err(|what| Failure { what, history })
+}
+
+/// What happens in a script, in order, whether it fails or not.
+pub fn history(script: &Script) -> Vec<String> {
+    tell(script, Trace::On).1
+}
+
+fn tell(script: &Script, trace: Trace) -> (Result<Stats, String>, Vec<String>) {
     let world = Rc::new(RefCell::new(World::new(script, trace == Trace::On)));
     let stage = Stage::set(&world);
     let ended = std::panic::catch_unwind(AssertUnwindSafe(|| play(&world)));
     drop(stage);
     let mut world = world.borrow_mut();
+    let history = world.history.take().unwrap_or_default();
     let found = match ended {
         Ok(result) => result.err().or(world.finding.take()),
         Err(panic) => Some(format!("{PANIC}{}", message(&*panic))),
     };
-    match found {
-        Some(what) => Err(Failure { what, history: world.history.take().unwrap_or_default() }),
-        None => {
-            let mut stats = world.stats.clone();
-            stats.add(&world.medium.stats());
-            Ok(stats)
-        }
+    if let Some(what) = found {
+        return (Err(what), history);
     }
+    let mut stats = world.stats.clone();
+    stats.add(&world.medium.stats());
+    stats.fewest_operations = Some(stats.operation_count());
+    (Ok(stats), history)
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {
@@ -133,6 +145,7 @@ fn play(world: &Rc<RefCell<World>>) -> Result<(), String> {
     if now.finding.is_none() {
         now.cut = Some(Cut::Power);
         now.restart()?;
+        now.decay()?;
     }
     now.forget_process();
     Ok(())

@@ -83,6 +83,7 @@ fn begin(world: &mut World, life: Life, volume: u8, pick: u8) -> Option<(Call, A
         return None;
     }
     let operation = Operation::from(life);
+    world.stats.operation(operation);
     world.meets(operation, None);
     world.lives.push((operation, volume.clone()));
     let number = world.fresh();

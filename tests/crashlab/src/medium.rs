@@ -57,6 +57,8 @@ struct State {
     stop_at: Option<u64>,
     /// The stop is the process's end, and not the machine's.
     killed: bool,
+    /// The file of which a transfer went to another place.
+    misdirected: Option<String>,
 }
 
 /// A machine's medium, as one process sees it.
@@ -78,6 +80,7 @@ impl Medium {
             ids: 0,
             stop_at: None,
             killed: false,
+            misdirected: None,
         };
         Medium { storage: Arc::new(MemoryStorage::new(write_align)), state: Arc::new(Mutex::new(state)) }
     }
@@ -95,6 +98,7 @@ impl Medium {
         state.dropped.clear();
         state.stop_at = None;
         state.killed = false;
+        state.misdirected = None;
         drop(state);
         Medium { storage: Arc::new(storage), state: self.state.clone() }
     }
@@ -128,6 +132,11 @@ impl Medium {
 
     pub fn was_dropped(&self, path: &str) -> bool {
         self.state().dropped.contains(path)
+    }
+
+    /// The file of which a transfer went to another place since this was last asked.
+    pub fn take_misdirected(&self) -> Option<String> {
+        self.state().misdirected.take()
     }
 
     /// Let the machine stop after so many calls.
@@ -223,6 +232,9 @@ fn strikes(fault: FaultKind, call: CallKind, path: &str) -> bool {
         FaultKind::ReadError => call == CallKind::Read,
         FaultKind::WriteError => matches!(call, CallKind::Write | CallKind::Punch),
         FaultKind::FailedSync | FaultKind::DroppedSync => call == CallKind::Sync,
+        // Data has no checksums: nothing is promised of it, and records are read and written whole.
+        FaultKind::MisdirectedRead => call == CallKind::Read && path.ends_with("/map"),
+        FaultKind::MisdirectedWrite => call == CallKind::Write && path.ends_with("/map"),
         FaultKind::NameError => {
             use CallKind::*;
             matches!(call, Create | CreateDir | Rename | Remove | SyncDir | List)
@@ -336,6 +348,18 @@ impl MediumFile {
         }
     }
 
+    /// Another place of the file for a transfer of `len` bytes at `offset`, if it is long enough to have one.
+    fn elsewhere(&self, len: usize, offset: u64) -> Result<u64> {
+        let places = (self.file.len()?.saturating_sub(len as u64)) / SECTOR_SIZE + 1;
+        if places < 2 {
+            return Ok(offset);
+        }
+        let mut state = self.medium.state();
+        state.misdirected = Some(self.name.clone());
+        let further = 1 + state.seed.below(places - 1);
+        Ok((offset / SECTOR_SIZE + further) % places * SECTOR_SIZE)
+    }
+
     fn sync_dropping(&self) -> Result<()> {
         self.medium.state().dropped.insert(self.name.clone());
         let storage = &self.medium.storage;
@@ -365,6 +389,9 @@ impl StorageFile for MediumFile {
         turns::others_go_on();
         match self.medium.enter(CallKind::Read, &self.name) {
             None => self.file.read_at(buffer, offset),
+            Some(FaultKind::MisdirectedRead) => {
+                self.file.read_at(buffer, self.elsewhere(buffer.len(), offset)?)
+            }
             Some(FaultKind::ReadError) => Err(self.error("read", ErrorKind::Other)),
             // What the system's loops make of these: they go on where it ended.
             Some(_) => {
@@ -384,6 +411,9 @@ impl StorageFile for MediumFile {
             None => self.medium.note(self.file.write_at(data, offset)),
             Some(FaultKind::NoSpace) => Err(self.error("write", ErrorKind::StorageFull)),
             Some(FaultKind::WriteError) => Err(self.error("write", ErrorKind::Other)),
+            Some(FaultKind::MisdirectedWrite) => {
+                self.file.write_at(data, self.elsewhere(data.len(), offset)?)
+            }
             Some(FaultKind::TornTransfer) => {
                 let first = &data
                     [..self.part(data.len() + usize::try_from(SECTOR_SIZE).unwrap_or(0)).min(data.len())];

@@ -106,6 +106,7 @@ impl World {
         for (name, known) in &mut self.known {
             check(&disk, name, known, power_lost)?;
         }
+        self.remember_records()?;
         leftovers::check(self.medium.storage(), &["failed"])?;
         if self.seed.one_in(4) {
             self.medium.count(FaultKind::BitFlip);

@@ -6,10 +6,10 @@
 use bedplate_engine::exec::simulated::Seed;
 use serde::{Deserialize, Serialize};
 
-use crate::faults::FaultKind;
+use crate::{decay::LIES, faults::FaultKind};
 
 /// Steps of a seed. Most are operations.
-const STEPS: u64 = 260;
+const STEPS: u64 = 360;
 /// Clients of a seed: at least 3.
 const CLIENTS_MIN: u64 = 3;
 
@@ -106,6 +106,8 @@ pub struct Setup {
     pub write_align: u16,
     /// A medium this large: its room is then bounded.
     pub medium: Option<u32>,
+    /// What the medium does in the end that it must not: one of [`LIES`].
+    pub decay: Option<FaultKind>,
 }
 
 /// A history to be run.
@@ -152,6 +154,7 @@ impl Script {
             image: number_of(image),
             write_align: if seed.one_in(3) { 4096 } else { 512 },
             medium: (weather == Weather::Full).then_some(4 << 20),
+            decay: seed.one_in(4).then(|| LIES[seed.index(LIES.len())]),
         };
         let clients = CLIENTS_MIN + seed.below(3);
         let steps = (0..STEPS).map(|_| step(&mut seed, clients, weather)).collect();

@@ -8,12 +8,16 @@ use crate::{faults::FaultKind, operation::Operation};
 pub const LISTED_SEEDS: u64 = 10_000;
 /// ...so many times.
 pub const LISTED_LEAST: u64 = 100;
+/// Operations of each seed, at least.
+pub const OPERATIONS_LEAST: u64 = 200;
 
 /// Counts of one seed, or of many.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     pub seeds: u64,
     pub restarts: u64,
+    /// Of the seed that had the fewest.
+    pub fewest_operations: Option<u64>,
     faults: BTreeMap<FaultKind, u64>,
     operations: BTreeMap<Operation, u64>,
     pairs: BTreeMap<(Operation, Operation), u64>,
@@ -41,6 +45,10 @@ impl Stats {
     pub fn add(&mut self, other: &Stats) {
         self.seeds += other.seeds;
         self.restarts += other.restarts;
+        self.fewest_operations = match (self.fewest_operations, other.fewest_operations) {
+            (Some(own), Some(others)) => Some(own.min(others)),
+            (own, others) => own.or(others),
+        };
         other.faults.iter().for_each(|(kind, count)| *self.faults.entry(*kind).or_default() += count);
         other.operations.iter().for_each(|(kind, count)| *self.operations.entry(*kind).or_default() += count);
         other.pairs.iter().for_each(|(pair, count)| *self.pairs.entry(*pair).or_default() += count);
@@ -59,20 +67,27 @@ impl Stats {
         self.operations.values().sum()
     }
 
-    /// What is listed and happened fewer than `least` times.
+    /// What is listed and happened fewer than `least` times, and whether a seed was too short.
     pub fn missing(&self, least: u64) -> Vec<String> {
         let faults = FaultKind::ALL.iter().filter(|kind| self.faults_of(**kind) < least);
         let faults = faults.map(|kind| format!("{}: {} times", kind.name(), self.faults_of(*kind)));
         let pairs = Operation::pairs().filter(|(a, b)| self.pairs_of(*a, *b) < least);
         let pairs = pairs.map(|(a, b)| format!("{a} with {b}: {} times", self.pairs_of(a, b)));
-        faults.chain(pairs).collect()
+        let short = self.fewest_operations.filter(|fewest| *fewest < OPERATIONS_LEAST);
+        let short = short.map(|fewest| format!("operations of one seed: {fewest}"));
+        faults.chain(pairs).chain(short).collect()
     }
 }
 
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (operations, restarts) = (self.operation_count(), self.restarts);
-        writeln!(f, "{} seeds, {operations} operations, {restarts} restarts", self.seeds)?;
+        let fewest = self.fewest_operations.unwrap_or(0);
+        writeln!(
+            f,
+            "{} seeds, {operations} operations, at least {fewest} each, {restarts} restarts",
+            self.seeds
+        )?;
         writeln!(f, "\n{:<32} {:<18} {:>10}", "fault", "threatens", "times")?;
         for kind in FaultKind::ALL {
             let threatened: Vec<String> = kind.threatens().iter().map(u8::to_string).collect();

@@ -74,6 +74,11 @@ impl Turns for OneThread {
     }
 
     fn next(&self) -> bool {
-        with_world(World::turn).unwrap_or(false)
+        // What the world itself waits for is housekeeping.
+        with_world(World::turn).unwrap_or_else(|| {
+            let waiting = jobs() > 0;
+            run_job(0);
+            waiting
+        })
     }
 }

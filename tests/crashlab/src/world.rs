@@ -153,6 +153,8 @@ pub struct World {
     pub cut: Option<crate::script::Cut>,
     pub finding: Option<String>,
     pub history: Option<Vec<String>>,
+    /// Records of volumes as earlier starts found them, by path.
+    pub older_records: Vec<(String, Vec<u8>)>,
     flights: Vec<Flight>,
     names: u64,
 }
@@ -178,6 +180,7 @@ impl World {
             cut: None,
             finding: None,
             history: trace.then(Vec::new),
+            older_records: Vec::new(),
             flights: Vec::new(),
             names: 0,
         }
@@ -230,7 +233,6 @@ impl World {
 
     /// An operation begins: count whom it meets.
     pub fn meets(&mut self, operation: Operation, volume: Option<&str>) {
-        self.stats.operation(operation);
         for flight in &self.flights {
             if volume.is_none_or(|volume| flight.volume == volume) {
                 self.stats.pair(operation, flight.operation);
@@ -316,6 +318,7 @@ impl World {
         let start = start * CELL % all;
         let range = ByteRange::new(start, (cells * CELL).min(all - start));
         let operation = Operation::from(ask);
+        self.stats.operation(operation);
         let volatile = Durability::Volatile;
         let (op, content) = match ask {
             Ask::Write => (Op::Write { range, durability: volatile }, Content::Stamped),

@@ -3,7 +3,7 @@
 use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context, Result, anyhow};
-use bedplate_crashlab::{Trace, run_script, script::Script, shrink::shrink};
+use bedplate_crashlab::{Trace, history, run_script, script::Script, shrink::shrink};
 
 /// Run a seed or a script again and print what happened.
 #[derive(clap::Args)]
@@ -30,7 +30,9 @@ pub fn replay(args: &Args) -> Result<ExitCode> {
     }
     match run_script(&script, Trace::On) {
         Ok(stats) => {
-            print!("{}\n{stats}", script.to_text()?);
+            print!("{}", script.to_text()?);
+            history(&script).iter().for_each(|line| println!("# {line}"));
+            print!("\n{stats}");
             Ok(ExitCode::SUCCESS)
         }
         Err(failure) => {

@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let missing = if args.seeds >= LISTED_SEEDS { stats.missing(LISTED_LEAST) } else { Vec::new() };
     for rare in &missing {
-        println!("seen fewer than {LISTED_LEAST} times: {rare}");
+        println!("too few: {rare}");
     }
     if args.seeds < LISTED_SEEDS {
         println!(
