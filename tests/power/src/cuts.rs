@@ -175,7 +175,7 @@ impl Life<'_> {
         let enough = 2 + dice.roll(DURABLE_MAX);
         guest.wait(&disk, |text| {
             let number = text.strip_prefix("durable 0 ").and_then(|number| number.parse::<u64>().ok());
-            number.is_some_and(|number| number >= enough)
+            number.filter(|number| *number >= enough)
         })?;
         thread::sleep(Duration::from_micros(dice.roll(200_000)));
         guest.kill()?;

@@ -76,9 +76,12 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether a note of the log satisfies this; the newest are looked at first.
-    pub fn noted(&self, is: impl Fn(&str) -> bool) -> bool {
-        self.state().log.iter().rev().any(|entry| matches!(entry, Entry::Note(text) if is(text)))
+    /// What is found in a note of the log, the newest first.
+    pub fn find_note<T>(&self, find: impl Fn(&str) -> Option<T>) -> Option<T> {
+        self.state().log.iter().rev().find_map(|entry| match entry {
+            Entry::Note(text) => find(text),
+            Entry::Write { .. } | Entry::Flush => None,
+        })
     }
 
     /// The cut: what is under way is not answered, and the log ends here.

@@ -135,16 +135,19 @@ impl Guest {
         Ok(Guest { qemu, console })
     }
 
-    /// Wait until `disk` has such a note of a load that works.
-    pub fn wait(&mut self, disk: &Disk, noted: impl Fn(&str) -> bool) -> Result<()> {
+    /// Wait until this is found in a note of a load that works.
+    pub fn wait<T>(&mut self, disk: &Disk, find: impl Fn(&str) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + DEADLINE;
-        while !disk.noted(&noted) {
+        loop {
+            let failed = disk.find_note(|text| text.starts_with(FAILED).then(|| text.to_owned()));
+            ensure!(failed.is_none(), "the load {}", failed.unwrap_or_default());
+            if let Some(found) = disk.find_note(&find) {
+                return Ok(found);
+            }
             ensure!(self.qemu.try_wait()?.is_none(), "the guest ended: {}", self.console());
             ensure!(Instant::now() < deadline, "the guest is too slow; its console says: {}", self.console());
             thread::sleep(LOOK);
         }
-        ensure!(!disk.noted(|text| text.starts_with(FAILED)), "the load failed: {}", self.console());
-        Ok(())
     }
 
     fn console(&self) -> String {

@@ -153,8 +153,8 @@ fn reboot(kills: usize, machine: &Machine) -> Result<ExitCode> {
     let report = reboots::execute(&plan, &image, dir.path(), |report| {
         let run = report.runs.last().expect("it is told of a run");
         println!(
-            "{} kills; {} on {}, seed {}: {} durable steps, {} files compared",
-            report.kills, run.executor, run.fs, run.seed, run.durable_steps, run.files_checked
+            "{} kills; {} on {}, seed {}: {} boots, {} durable steps, {} files compared",
+            report.kills, run.executor, run.fs, run.seed, run.boots, run.durable_steps, run.files_checked
         );
         machine.report(report)
     })?;

@@ -51,11 +51,13 @@ pub struct Run {
     pub seed: u64,
     pub fs: FileSystem,
     pub executor: Executor,
-    /// Of the node and of the guest; after each, the guest boots again and finds everything right.
+    /// Of the node and of the guest.
     pub kills: usize,
     /// Kills at which the node was gone before the guest.
     pub node_first: usize,
     pub durable_steps: u64,
+    /// At which everything was right: one before the kills, and one after each.
+    pub boots: usize,
     /// Files that were compared, all boots together.
     pub files_checked: u64,
 }
@@ -77,14 +79,20 @@ pub fn execute(
             kills: 0,
             node_first: 0,
             durable_steps: 0,
+            boots: 0,
             files_checked: 0,
         });
         let mut series = Series::begin(guest, dir, fs, executor, seed)?;
         for boot in 0..=plan.kills {
             let run = report.runs.last_mut().expect("it has just been added");
             let context = || format!("boot {boot} of {fs} on {executor}, seed {seed}");
-            series.boot(boot < plan.kills, run).with_context(context)?;
-            report.kills += 1;
+            let (mut running, notes) = series.boot(run).with_context(context)?;
+            if boot < plan.kills {
+                series.kill(running, &notes, run).with_context(context)?;
+                report.kills += 1;
+            } else {
+                running.kill()?;
+            }
             report.seconds = started.elapsed().as_secs();
             progress(&report)?;
         }
@@ -124,22 +132,25 @@ impl<'a> Series<'a> {
         Ok(Series { guest, dir, node, dice: Dice::new(seed), environment, durable })
     }
 
-    /// Boot, have everything looked at, and let it work until the kill. After the last there is only the look.
-    fn boot(&mut self, works: bool, run: &mut Run) -> Result<()> {
+    /// Boot from what is there, and have everything looked at.
+    fn boot(&mut self, run: &mut Run) -> Result<(Guest, Arc<Disk>)> {
         let (socket, notes) = (self.dir.join("nbd.sock"), Arc::new(Disk::new(tempfile::tempfile()?)));
         nbd::serve(&socket, 1, notes.clone())?;
         let drives = [format!("file={}", self.node.volume("v").display()), nbd::drive(&socket, "notes")];
         let words: Vec<String> = self.durable.iter().map(u64::to_string).collect();
         let environment = format!("{} DURABLE={}", self.environment, words.join(","));
         let mut guest = Guest::start(self.guest, &drives, &environment, self.dir)?;
-        guest.wait(&notes, |text| text.starts_with(SOUND))?;
-        if works {
-            let enough = self.durable[0] + 1 + self.dice.roll(STEPS_MAX);
-            guest.wait(&notes, |text| {
-                durable(text).is_some_and(|(writer, step)| writer == 0 && step >= enough)
-            })?;
-            thread::sleep(Duration::from_micros(self.dice.roll(200_000)));
-        }
+        let files = guest.wait(&notes, |text| text.strip_prefix(SOUND)?.trim().parse::<u64>().ok())?;
+        run.boots += 1;
+        run.files_checked += files;
+        Ok((guest, notes))
+    }
+
+    /// Let it work for a while, then kill both; the node is started again.
+    fn kill(&mut self, mut guest: Guest, notes: &Disk, run: &mut Run) -> Result<()> {
+        let enough = self.durable[0] + 1 + self.dice.roll(STEPS_MAX);
+        guest.wait(notes, |text| durable(text).filter(|(writer, step)| *writer == 0 && *step >= enough))?;
+        thread::sleep(Duration::from_micros(self.dice.roll(200_000)));
         if self.dice.roll(2) == 0 {
             self.node.kill();
             thread::sleep(Duration::from_micros(self.dice.roll(50_000)));
@@ -155,8 +166,6 @@ impl<'a> Series<'a> {
             if let Some((writer, step)) = durable(&text) {
                 run.durable_steps += 1;
                 *self.durable.get_mut(writer).context("a writer that there is")? = step;
-            } else if let Some(files) = text.strip_prefix(SOUND) {
-                run.files_checked += files.trim().parse::<u64>()?;
             }
         }
         self.node.restart();
