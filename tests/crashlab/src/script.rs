@@ -131,6 +131,35 @@ enum Weather {
     Full,
 }
 
+/// What a seed does more of than others: what meets seldom in a mixture meets often where most else is left out.
+struct Habits {
+    weather: Weather,
+    clients: u64,
+    /// What clients' ranges are multiples of, in cells.
+    units: &'static [u64],
+    /// Half of everything is about one volume.
+    crowded: bool,
+    /// Operations on the disk are those that move blocks between layers.
+    layers: bool,
+}
+
+impl Habits {
+    fn of(seed: &mut Seed, weather: Weather) -> Habits {
+        const UNITS: [&[u64]; 4] = [&[1, 8, 64], &[1, 8, 64], &[8, 64], &[64]];
+        Habits {
+            weather,
+            clients: CLIENTS_MIN + seed.below(3),
+            units: UNITS[seed.index(UNITS.len())],
+            crowded: seed.one_in(2),
+            layers: seed.one_in(3),
+        }
+    }
+
+    fn volume(&self, seed: &mut Seed) -> u8 {
+        if self.crowded && seed.one_in(2) { 0 } else { number_of(seed.below(256)) }
+    }
+}
+
 impl Script {
     /// The script of a seed.
     pub fn of(number: u64) -> Script {
@@ -156,8 +185,8 @@ impl Script {
             medium: (weather == Weather::Full).then_some(4 << 20),
             decay: seed.one_in(4).then(|| LIES[seed.index(LIES.len())]),
         };
-        let clients = CLIENTS_MIN + seed.below(3);
-        let steps = (0..STEPS).map(|_| step(&mut seed, clients, weather)).collect();
+        let habits = Habits::of(&mut seed, weather);
+        let steps = (0..STEPS).map(|_| step(&mut seed, &habits)).collect();
         Script { setup, steps }
     }
 
@@ -190,7 +219,7 @@ where
     T::try_from(number).expect("drawn below what it holds")
 }
 
-fn step(seed: &mut Seed, clients: u64, weather: Weather) -> Step {
+fn step(seed: &mut Seed, habits: &Habits) -> Step {
     fn one_of<T: Copy>(seed: &mut Seed, all: &[T]) -> T {
         all[seed.index(all.len())]
     }
@@ -204,12 +233,12 @@ fn step(seed: &mut Seed, clients: u64, weather: Weather) -> Step {
         },
         6..60 => {
             let most = one_of(seed, &[2, 8, 40]);
-            Step::Fault { fault: fault(seed, weather), after: number_of(seed.below(most)) }
+            Step::Fault { fault: fault(seed, habits.weather), after: number_of(seed.below(most)) }
         }
-        60..70 if weather == Weather::Full => Step::Room { bytes: number_of(seed.below(160 << 10)) },
+        60..70 if habits.weather == Weather::Full => Step::Room { bytes: number_of(seed.below(160 << 10)) },
         60..190 => Step::Life {
-            life: life(seed),
-            volume: number_of(seed.below(256)),
+            life: if habits.layers { layer_life(seed) } else { life(seed) },
+            volume: habits.volume(seed),
             pick: number_of(seed.below(256)),
         },
         _ => {
@@ -224,12 +253,12 @@ fn step(seed: &mut Seed, clients: u64, weather: Weather) -> Step {
                 13 | 14 => Ask::Read,
                 _ => Ask::ReadAhead,
             };
-            let unit = one_of(seed, &[1, 8, 64]);
+            let unit = one_of(seed, habits.units);
             let most = one_of(seed, &[2, 9, 4 * 64 / unit]);
             let cells = unit * (1 + seed.below(most));
             Step::Client {
-                client: number_of(seed.below(clients)),
-                volume: number_of(seed.below(256)),
+                client: number_of(seed.below(habits.clients)),
+                volume: habits.volume(seed),
                 ask,
                 start: number_of(unit * seed.below(1024 / unit)),
                 cells: number_of(cells),
@@ -254,6 +283,14 @@ fn life(seed: &mut Seed) -> Life {
         23 => Life::DeleteVolume,
         _ => Life::Recover,
     }
+}
+
+/// One that makes, fills or empties layers.
+fn layer_life(seed: &mut Seed) -> Life {
+    use Life::*;
+    const LAYERS: [Life; 8] =
+        [Snapshot, Snapshot, DeleteSnapshot, DeleteSnapshot, Merge, Merge, Flatten, DeleteVolume];
+    LAYERS[seed.index(LAYERS.len())]
 }
 
 fn fault(seed: &mut Seed, weather: Weather) -> FaultKind {
