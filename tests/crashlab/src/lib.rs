@@ -151,7 +151,8 @@ fn play(world: &Rc<RefCell<World>>) -> Result<(), String> {
     Ok(())
 }
 
-/// A volume over an image, a clone of it with which it shares a frozen layer, and one whose head stands on the image alone.
+/// A volume over an image and a clone of it, which share a frozen layer, and a volume whose head stands on the image
+/// alone: its name is the first, so it is the one that crowded seeds prefer.
 fn set_up(world: &Rc<RefCell<World>>) -> Result<(), String> {
     let mut now = world.borrow_mut();
     let failed = |error| format!("a disk cannot be made: {error}");
@@ -161,11 +162,11 @@ fn set_up(world: &Rc<RefCell<World>>) -> Result<(), String> {
     let disk = now.open().map_err(failed)?;
     let (size, image) = (u64::from(now.setup.size), u64::from(now.setup.image));
     let origin = ImageRef { name: "base".into(), uuid: Uuid::from_u128(5), sha512: String::new() };
-    for name in ["v", "x"] {
+    for name in ["a", "v"] {
         disk.create_volume(name, Origin::Image(origin.clone()), Some(ByteLen(size))).map_err(failed)?;
     }
     disk.clone_volume("v", None, "w").map_err(failed)?;
-    for name in ["v", "w", "x"] {
+    for name in ["a", "v", "w"] {
         let values =
             (0..size / CELL).map(|cell| if (cell + 1) * CELL <= image { image_value(cell) } else { 0 });
         let salt = now.fresh();

@@ -25,9 +25,8 @@ pub struct Search {
 
 /// Run seeds from 0 on with this mistake until one finds it.
 pub fn search(bug: Bug, seeds: u64) -> Search {
-    let _planted = plant(bug);
     let began = Instant::now();
-    let found = (0..seeds).find_map(|seed| finding(seed).map(|what| (seed, what)));
+    let found = (0..seeds).find_map(|seed| finding(bug, seed).map(|what| (seed, what)));
     Search { bug, found, took: began.elapsed() }
 }
 
@@ -45,9 +44,12 @@ pub fn search_all(bugs: &[Bug], seeds: u64, jobs: usize, each: impl Fn(Search) +
     });
 }
 
-/// What a seed finds. A panic is no finding: most are assertions that a release does not have, and a bug has to be found
-/// by what a client could see.
-fn finding(seed: u64) -> Option<String> {
-    let failure = run_seed(seed).err()?;
-    (!failure.is_panic()).then_some(failure.what)
+/// What a seed finds that it does not find without the mistake. A panic is no finding: most are assertions that a release
+/// does not have, and a bug has to be found by what a client could see.
+fn finding(bug: Bug, seed: u64) -> Option<String> {
+    let failure = {
+        let _planted = plant(bug);
+        run_seed(seed).err()?
+    };
+    (!failure.is_panic() && run_seed(seed).is_ok()).then_some(failure.what)
 }
