@@ -139,9 +139,48 @@ struct Habits {
     units: &'static [u64],
     /// Half of everything is about one volume.
     crowded: bool,
-    /// Operations on the disk are those that move blocks between layers.
-    layers: bool,
+    lives: &'static [Life],
 }
+
+/// Operations on the disk, each as often as it stands here.
+const LIVES: [Life; 26] = {
+    use Life::*;
+    [
+        Snapshot,
+        Snapshot,
+        Snapshot,
+        Snapshot,
+        Snapshot,
+        Clone,
+        Clone,
+        CloneSnapshot,
+        FullClone,
+        Revert,
+        Revert,
+        DeleteSnapshot,
+        DeleteSnapshot,
+        DeleteSnapshot,
+        DeleteSnapshot,
+        Merge,
+        Merge,
+        Merge,
+        Merge,
+        Flatten,
+        Flatten,
+        Grow,
+        Export,
+        DeleteVolume,
+        Recover,
+        Recover,
+    ]
+};
+/// Those that make, fill or empty layers.
+const LAYERS: [Life; 8] = {
+    use Life::*;
+    [Snapshot, Snapshot, DeleteSnapshot, DeleteSnapshot, Merge, Merge, Flatten, DeleteVolume]
+};
+/// Those that leave a head where it is.
+const HEADS: [Life; 4] = [Life::Flatten, Life::Flatten, Life::Grow, Life::Export];
 
 impl Habits {
     fn of(seed: &mut Seed, weather: Weather) -> Habits {
@@ -151,7 +190,7 @@ impl Habits {
             clients: CLIENTS_MIN + seed.below(3),
             units: UNITS[seed.index(UNITS.len())],
             crowded: seed.one_in(2),
-            layers: seed.one_in(3),
+            lives: [&LIVES[..], &LIVES, &LAYERS, &HEADS][seed.index(4)],
         }
     }
 
@@ -237,7 +276,7 @@ fn step(seed: &mut Seed, habits: &Habits) -> Step {
         }
         60..70 if habits.weather == Weather::Full => Step::Room { bytes: number_of(seed.below(160 << 10)) },
         60..190 => Step::Life {
-            life: if habits.layers { layer_life(seed) } else { life(seed) },
+            life: one_of(seed, habits.lives),
             volume: habits.volume(seed),
             pick: number_of(seed.below(256)),
         },
@@ -266,31 +305,6 @@ fn step(seed: &mut Seed, habits: &Habits) -> Step {
             }
         }
     }
-}
-
-fn life(seed: &mut Seed) -> Life {
-    match seed.below(26) {
-        0..5 => Life::Snapshot,
-        5 | 6 => Life::Clone,
-        7 => Life::CloneSnapshot,
-        8 => Life::FullClone,
-        9 | 10 => Life::Revert,
-        11..15 => Life::DeleteSnapshot,
-        15..19 => Life::Merge,
-        19 | 20 => Life::Flatten,
-        21 => Life::Grow,
-        22 => Life::Export,
-        23 => Life::DeleteVolume,
-        _ => Life::Recover,
-    }
-}
-
-/// One that makes, fills or empties layers.
-fn layer_life(seed: &mut Seed) -> Life {
-    use Life::*;
-    const LAYERS: [Life; 8] =
-        [Snapshot, Snapshot, DeleteSnapshot, DeleteSnapshot, Merge, Merge, Flatten, DeleteVolume];
-    LAYERS[seed.index(LAYERS.len())]
 }
 
 fn fault(seed: &mut Seed, weather: Weather) -> FaultKind {

@@ -10,7 +10,7 @@ use std::{
 
 use bedplate_engine::{
     cow::core::Op,
-    device::{BlockDevice, Durability},
+    device::{BlockDevice, Durability, Extent},
     error::{Error, Result},
     exec::{
         head::data_path,
@@ -18,7 +18,7 @@ use bedplate_engine::{
         simulated::{Planning, Seed, SteppedChange, SteppedRead},
     },
     image::{BaseImage, BaseSource},
-    units::ByteRange,
+    units::{ByteLen, ByteRange},
     volume::{
         device::{Hold, Volume, VolumeState},
         disk::{Disk, Held},
@@ -48,7 +48,27 @@ pub struct Images(pub u64);
 
 impl BaseSource for Images {
     fn open_base(&self, _: &ImageRef) -> Result<Arc<dyn BaseImage>> {
-        Ok(Arc::new(Image(self.0)))
+        Ok(Arc::new(SlowImage(Image(self.0))))
+    }
+}
+
+/// Others get a turn between a read of the image and what is done with it.
+#[derive(Debug)]
+struct SlowImage(Image);
+
+impl BaseImage for SlowImage {
+    fn len(&self) -> ByteLen {
+        self.0.len()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.0.read_at(buffer, offset)?;
+        turns::others_go_on();
+        Ok(())
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.0.extents(range)
     }
 }
 
