@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use nix::{
     fcntl::{FallocateFlags, fallocate},
     libc::O_DSYNC,
@@ -35,8 +35,8 @@ const SNAPSHOTS_MAX: u64 = 3;
 pub fn run(seed: u64, volumes: &Path, notes: &Path) -> Result<Infallible> {
     let path = |writer: u64| volumes.join(format!("v{writer}"));
     let deadline = Instant::now() + START_DEADLINE;
-    while !(0..WRITERS).all(|writer| path(writer).exists()) {
-        ensure!(Instant::now() < deadline, "the volumes are not served");
+    while !(0..WRITERS).all(|writer| path(writer).exists()) || bedplate(&["volume", "list"]).is_err() {
+        ensure!(Instant::now() < deadline, "the node is not ready");
         thread::sleep(Duration::from_millis(20));
     }
     let hand = Notes::open(notes, WRITERS)?;
@@ -91,10 +91,13 @@ fn live(notes: &Notes, round: u64) -> Result<()> {
 
 fn step(notes: &Notes, verb: &str, volume: u64, number: u64) -> Result<()> {
     notes.note(&format!("begin {verb} {volume} {number}"))?;
-    let words = ["snapshot", verb, &format!("v{volume}"), &format!("s{number}")];
-    let output = Command::new("bedplate").args(words).output()?;
-    if !output.status.success() {
-        bail!("bedplate {}: {}", words.join(" "), String::from_utf8_lossy(&output.stderr));
-    }
+    bedplate(&["snapshot", verb, &format!("v{volume}"), &format!("s{number}")])?;
     notes.note(&format!("done {verb} {volume} {number}"))
+}
+
+fn bedplate(words: &[&str]) -> Result<()> {
+    let output = Command::new("bedplate").args(words).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "bedplate {}: {said}", words.join(" "));
+    Ok(())
 }
