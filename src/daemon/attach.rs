@@ -28,7 +28,7 @@ const RECORD: &str = "attached.json";
 /// How long a request waits for another one of the same volume: that makes a few calls of `losetup`.
 const TURN_MAX: Duration = Duration::from_secs(60);
 /// How long a device that was detached may stay open elsewhere before that is an error, and how often that is looked at.
-const CLOSE_WITHIN: Duration = Duration::from_secs(1);
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 const CLOSE_POLL: Duration = Duration::from_millis(10);
 
 /// A device and the file behind it.
