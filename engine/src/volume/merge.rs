@@ -265,7 +265,8 @@ impl Disk {
             return Err(Error::Failed { reason: fault.as_str().into() });
         }
         let all = BlockRange { start: Block(0), count: lower.index.block_count() };
-        if data_blocks(&upper.index) < visible_blocks(&lower, &upper, all) {
+        let smaller = data_blocks(&upper.index) < visible_blocks(&lower, &upper, all);
+        if smaller && self.can_fold(candidate) {
             return self.fold(candidate, lower, upper, go_on);
         }
         let end = lower.index.block_count().0.min(upper.index.block_count().0);
@@ -301,6 +302,14 @@ impl Disk {
         self.replace_map(&mut upper)?;
         self.finish_merge(candidate)?;
         Ok(Progress::Done)
+    }
+
+    /// Whether every volume on the child has the layer right below it. Otherwise a fold was cut off between two records:
+    /// some volumes stand on what took the layer's content, and do not list the layer. These would lose the child.
+    fn can_fold(&self, candidate: Candidate) -> bool {
+        let stands_on_it =
+            |volume: &Arc<Volume>| volume.record().parent(candidate.child) == Some(candidate.layer);
+        self.volumes_over(candidate.child).iter().all(stands_on_it)
     }
 
     /// Make what came up into a frozen layer durable, data first.

@@ -243,10 +243,12 @@ pub fn read<R: Record>(storage: &dyn Storage, path: &str) -> Result<R> {
     Ok(record)
 }
 
-/// Write the record `name` into `dir`, under a name that nobody reads yet. Synced, its name is not.
+/// Write the record `name` into `dir`, under a name that nobody reads yet. Synced, its name is not. One that could not be
+/// read again is a mistake of ours, and is not written.
 pub fn write_new<R: Record>(storage: &dyn Storage, dir: &str, name: &str, record: &R) -> Result<()> {
-    debug_assert_eq!(record.verify(), Ok(()));
-    let bytes = serde_json::to_vec_pretty(record).map_err(|e| Error::Invalid(format!("internal: {e}")))?;
+    let internal = |what: String| Error::Invalid(format!("internal: {what}"));
+    record.verify().map_err(internal)?;
+    let bytes = serde_json::to_vec_pretty(record).map_err(|e| internal(e.to_string()))?;
     let path = format!("{dir}/{name}");
     match storage.remove_file(&path) {
         Err(error) if !error.is_not_found() => return Err(error),

@@ -255,6 +255,23 @@ impl Cells {
         }
     }
 
+    /// The medium was found to have lost what was not durable: readers may see whatever a crash could have left.
+    pub fn lost_cache(&mut self) {
+        let now = self.now();
+        for change in &mut self.changes {
+            if !change.durable {
+                change.outcome = Outcome::Failed(now);
+            }
+        }
+        self.now();
+    }
+
+    /// These stand in the place of `other` from now on: moments that it knew have passed.
+    pub fn follow(&mut self, other: &Cells) {
+        self.clock = self.clock.max(other.clock);
+        self.now();
+    }
+
     /// What a snapshot holds that was just taken: what was acknowledged, durably; perhaps what was under way.
     #[must_use]
     pub fn snapshot(&self, salt: u64) -> Cells {

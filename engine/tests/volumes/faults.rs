@@ -417,3 +417,40 @@ fn reclaiming_ends_beside_a_volume_that_cannot_be_opened() {
     assert!(asked.load(Ordering::Relaxed) < 100);
     assert_eq!(first_byte(&disk), 1);
 }
+
+#[test]
+fn a_fold_that_is_cut_off_between_two_records_is_finished_later_and_loses_neither_volume() {
+    let (storage, disk) = disk(256 << 10);
+    let write = |byte, blocks: u64| {
+        let data = vec![byte; usize::try_from(blocks * 4096).expect("small")];
+        served(&disk, "v").write_at(&data, 0, Durability::Volatile).expect("written");
+    };
+    // Three frozen layers, each smaller than the one below it, with two volumes on them.
+    for (name, byte, blocks) in [("s", 1, 32), ("t", 2, 8)] {
+        write(byte, blocks);
+        disk.create_snapshot("v", name).expect("taken");
+    }
+    write(3, 2);
+    disk.clone_volume("v", None, "w").expect("cloned");
+    for name in ["s", "t"] {
+        disk.delete_snapshot("v", name).expect("deleted");
+    }
+    let both = |disk: &Disk| ["v", "w"].map(|name| content(&served(disk, name)));
+    let before = both(&disk);
+    storage.set_faults(|call| {
+        let second = call.path.starts_with("volumes/w-") && call.kind == CallKind::Create;
+        second.then_some(Fault::Error(ErrorKind::Other))
+    });
+    disk.reclaim(|| true).expect_err("the second record is not written");
+    storage.clear_faults();
+    assert_eq!(both(&disk), before);
+    drop(disk);
+    let disk = open(&Arc::new(storage.kill()));
+    assert_eq!(both(&disk), before);
+    disk.reclaim(|| true).expect("merged");
+    assert_eq!(both(&disk), before);
+    assert!(
+        ["v", "w"].iter().all(|name| served(&disk, name).info().layer_count == 2),
+        "one frozen layer is left"
+    );
+}

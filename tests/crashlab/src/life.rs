@@ -213,6 +213,7 @@ fn reverted(world: &mut World, call: &Call) -> Option<Cells> {
     let known = world.known.get(&call.volume)?;
     let mut cells = known.snapshots.get(call.snapshot.as_ref()?)?.snapshot(salt);
     cells.grow(known.cells.size().max(cells.size()));
+    cells.follow(&known.cells);
     Some(cells)
 }
 
@@ -307,6 +308,10 @@ fn failed(world: &mut World, call: Call, error: &Error) {
         return world.found(format!("{:?} of {} failed without a fault: {error}", call.life, call.volume));
     }
     drop(device);
+    if call.life == Life::Recover && world.medium.errors() > call.errors {
+        // Its sync may have been the one that lost what the kill before had left in the page cache.
+        world.cells(&call.volume).lost_cache();
+    }
     let name = call.snapshot.clone().unwrap_or_default();
     let volume = call.volume.clone();
     let perhaps = match call.life {
