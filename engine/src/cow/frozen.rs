@@ -5,11 +5,11 @@
 //! which only one layer knows is that layer's own head leaf, shared; others keep a palette of the values that occur
 //! and a packed index into it, so that memory follows the number of distinct answers, not of layers.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::{
     BlockState, LEAF_BLOCKS, LEAF_WORDS,
-    head::{HeadIndex, Leaf},
+    head::{HeadIndex, Leaf, masks},
     leaf_count,
 };
 use crate::units::{Block, BlockCount, BlockRange, to_usize};
@@ -57,42 +57,76 @@ struct Palette {
 }
 
 impl Palette {
-    fn get(&self, bit: u64) -> Value {
+    /// The value at `bit` and how many blocks from there on, at most `limit`, share it. A word at a time: `bits`, and so
+    /// the blocks of a word, are powers of two.
+    fn run_at(&self, bit: u64, limit: u64) -> (Value, u64) {
         if self.bits == 0 {
-            return self.values[0];
+            return (self.values[0], limit);
         }
-        // `bits` and so the blocks of a word are powers of two.
-        let per_word_log2 = 6 - self.bits.trailing_zeros();
-        let word = self.words[to_usize(bit >> per_word_log2)];
-        let shift = (bit & ((1 << per_word_log2) - 1)) * u64::from(self.bits);
-        self.values[to_usize((word >> shift) & ((1 << self.bits) - 1))]
+        let bits = u64::from(self.bits);
+        let (mut word, mut shift) = (to_usize(bit * bits / 64), bit * bits % 64);
+        let index = (self.words[word] >> shift) & ((1 << bits) - 1);
+        let same = repeated(index, self.bits);
+        let mut run = 0;
+        while run < limit {
+            let differs = (self.words[word] ^ same) >> shift;
+            if differs != 0 {
+                run += u64::from(differs.trailing_zeros()) / bits;
+                break;
+            }
+            run += (64 - shift) / bits;
+            (word, shift) = (word + 1, 0);
+        }
+        (self.values[to_usize(index)], run.min(limit))
+    }
+}
+
+/// A word of blocks that all have this index.
+fn repeated(index: u64, bits: u32) -> u64 {
+    index * (u64::MAX / ((1 << bits) - 1))
+}
+
+/// Makes a palette from the runs of a leaf, in order.
+#[derive(Default)]
+struct Packer {
+    values: Vec<Value>,
+    /// Where each run ends, and its value's index.
+    runs: Vec<(u64, usize)>,
+}
+
+impl Packer {
+    /// Blocks up to `end` have this value.
+    fn push(&mut self, value: Value, end: u64) {
+        if let Some((last_end, index)) = self.runs.last_mut()
+            && self.values[*index] == value
+        {
+            *last_end = end;
+            return;
+        }
+        let index = self.values.iter().position(|known| *known == value).unwrap_or_else(|| {
+            self.values.push(value);
+            self.values.len() - 1
+        });
+        self.runs.push((end, index));
     }
 
-    fn pack(blocks: &[Value]) -> Palette {
-        let mut values: Vec<Value> = Vec::new();
-        let mut indexes = Vec::with_capacity(blocks.len());
-        let mut last = (None, 0u64);
-        for value in blocks {
-            if last.0 != Some(*value) {
-                let found = values.iter().position(|known| known == value).unwrap_or_else(|| {
-                    values.push(*value);
-                    values.len() - 1
-                });
-                last = (Some(*value), found as u64);
-            }
-            indexes.push(last.1);
-        }
+    fn finish(self) -> Palette {
+        let Packer { values, runs } = self;
         let bits = match usize::BITS - (values.len() - 1).leading_zeros() {
             0 => 0,
             bits => bits.next_power_of_two(),
         };
-        let words = match bits {
-            0 => Vec::new(),
-            _ => indexes
-                .chunks(to_usize(u64::from(64 / bits)))
-                .map(|chunk| chunk.iter().rev().fold(0, |word, index| (word << bits) | index))
-                .collect(),
-        };
+        let mut words = vec![0; LEAF_WORDS * to_usize(bits.into())];
+        if bits > 0 {
+            let mut start = 0;
+            for (end, index) in runs {
+                let same = repeated(index as u64, bits);
+                for (word, mask) in masks(start * u64::from(bits), (end - start) * u64::from(bits)) {
+                    words[word] |= same & mask;
+                }
+                start = end;
+            }
+        }
         Palette { values, bits, words }
     }
 }
@@ -104,26 +138,37 @@ impl FrozenLeaf {
                 let (state, run) = leaf.run_at(bit, limit);
                 (Value::of(state, *slot), run)
             }
-            FrozenLeaf::Mixed(palette) => {
-                let value = palette.get(bit);
-                if palette.bits == 0 {
-                    return (value, limit);
-                }
-                let run = (1..limit).find(|more| palette.get(bit + more) != value).unwrap_or(limit);
-                (value, run)
-            }
+            FrozenLeaf::Mixed(palette) => palette.run_at(bit, limit),
         }
     }
 
-    fn unpack(&self) -> Vec<Value> {
-        let mut blocks = Vec::with_capacity(to_usize(LEAF_BLOCKS));
+    /// A layer's leaf over what lies below it. `lost` are the blocks of this leaf that the layer's map does not tell,
+    /// counted from its start, in order.
+    fn overlaid(
+        below: Option<&FrozenLeaf>,
+        leaf: Option<&Leaf>,
+        slot: Slot,
+        lost: impl Iterator<Item = Range<u64>>,
+    ) -> FrozenLeaf {
+        let mut lost = lost.peekable();
+        let mut packer = Packer::default();
         let mut at = 0;
         while at < LEAF_BLOCKS {
-            let (value, run) = self.run_at(at, LEAF_BLOCKS - at);
-            blocks.resize(to_usize(at + run), value);
+            if let Some(range) = lost.next_if(|range| range.start <= at) {
+                at = range.end;
+                packer.push(Value::Lost(slot), at);
+                continue;
+            }
+            let limit = lost.peek().map_or(LEAF_BLOCKS, |range| range.start) - at;
+            let (state, run) = leaf.map_or((BlockState::Absent, limit), |leaf| leaf.run_at(at, limit));
+            let (value, run) = match below {
+                Some(below) if state == BlockState::Absent => below.run_at(at, run),
+                Some(_) | None => (Value::of(state, slot), run),
+            };
             at += run;
+            packer.push(value, at);
         }
-        blocks
+        FrozenLeaf::Mixed(Arc::new(packer.finish()))
     }
 }
 
@@ -167,17 +212,10 @@ impl FrozenIndex {
                 (None, _, []) => below.cloned(),
                 (Some(leaf), None, []) => Some(FrozenLeaf::One { slot, leaf: leaf.clone() }),
                 (leaf, _, _) => {
-                    let mut blocks =
-                        below.map_or_else(|| vec![Value::Absent; to_usize(LEAF_BLOCKS)], FrozenLeaf::unpack);
-                    if let Some(leaf) = leaf {
-                        overlay(&mut blocks, leaf, slot);
-                    }
-                    for range in lost_here {
-                        let first = range.start.0.max(start) - start;
-                        let end = range.end().0.min(start + LEAF_BLOCKS) - start;
-                        blocks[to_usize(first)..to_usize(end)].fill(Value::Lost(slot));
-                    }
-                    Some(FrozenLeaf::Mixed(Arc::new(Palette::pack(&blocks))))
+                    let lost = lost_here.iter().map(|range| {
+                        range.start.0.max(start) - start..range.end().0.min(start + LEAF_BLOCKS) - start
+                    });
+                    Some(FrozenLeaf::overlaid(below, leaf.map(|leaf| &**leaf), slot, lost))
                 }
             }
         });
@@ -225,23 +263,6 @@ impl FrozenIndex {
         };
         self.leaves.len() * size_of::<Option<FrozenLeaf>>()
             + self.leaves.iter().flatten().map(leaf_bytes).sum::<usize>()
-    }
-}
-
-/// Lay a layer's leaf over the values below it.
-fn overlay(blocks: &mut [Value], leaf: &Leaf, slot: Slot) {
-    for (word, chunk) in blocks.chunks_mut(64).enumerate().take(LEAF_WORDS) {
-        let (data, zero) = leaf.data_and_zero(word);
-        if data | zero == 0 {
-            continue;
-        }
-        for (bit, value) in chunk.iter_mut().enumerate() {
-            if data >> bit & 1 == 1 {
-                *value = Value::Data(slot);
-            } else if zero >> bit & 1 == 1 {
-                *value = Value::Zero(slot);
-            }
-        }
     }
 }
 

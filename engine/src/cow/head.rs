@@ -68,8 +68,8 @@ fn new_bits() -> Bits {
     Box::new([const { AtomicU64::new(0) }; LEAF_WORDS])
 }
 
-/// The words of a leaf that `[first, first + count)` touches, each with the mask of its bits.
-fn masks(first: u64, count: u64) -> impl Iterator<Item = (usize, u64)> {
+/// The words that the bits `[first, first + count)` touch, each with the mask of these bits.
+pub(super) fn masks(first: u64, count: u64) -> impl Iterator<Item = (usize, u64)> {
     let end = first + count;
     (first / 64..end.div_ceil(64)).map(move |word| {
         let low = first.max(word * 64) - word * 64;

@@ -25,6 +25,8 @@ pub(super) struct Mailbox {
 struct Messages {
     actions: Vec<Planned>,
     result: Option<Result<()>>,
+    /// The thread sleeps. Mostly it puts its messages here itself, and waking nobody is a system call too.
+    waits: bool,
 }
 
 impl Messages {
@@ -40,11 +42,14 @@ impl Mailbox {
     }
 
     pub fn put(&self, message: Message) {
+        let mut messages = self.lock();
         match message {
-            Message::Do(planned) => self.lock().actions.push(planned),
-            Message::Done(result) => self.lock().result = Some(result),
+            Message::Do(planned) => messages.actions.push(planned),
+            Message::Done(result) => messages.result = Some(result),
         }
-        self.arrived.notify_one();
+        if messages.waits {
+            self.arrived.notify_one();
+        }
     }
 
     /// The next thing to do; the result only after the last action.
@@ -56,7 +61,9 @@ impl Mailbox {
                     match messages.next() {
                         Some(message) => return message,
                         None => {
+                            messages.waits = true;
                             messages = self.arrived.wait(messages).unwrap_or_else(PoisonError::into_inner);
+                            messages.waits = false;
                         }
                     }
                 }

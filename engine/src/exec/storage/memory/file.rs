@@ -4,7 +4,11 @@
 //! as zeros. For every sector that changed since the last sync all values since then are kept, because a crash may
 //! leave any of them.
 
-use std::{collections::BTreeMap, io::ErrorKind, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    io::ErrorKind,
+    sync::Arc,
+};
 
 use super::Effect;
 use crate::units::{ByteRange, SECTOR_SIZE, to_usize};
@@ -28,14 +32,37 @@ struct Content {
     len: u64,
 }
 
+/// Values of a sector since the last sync, the oldest first; `None` is a hole. Mostly there is one.
+#[derive(Clone, Debug)]
+struct Values {
+    first: Option<Sector>,
+    later: Vec<Option<Sector>>,
+}
+
+impl Values {
+    fn len(&self) -> usize {
+        1 + self.later.len()
+    }
+
+    fn get(&self, number: usize) -> Option<Sector> {
+        match number.checked_sub(1) {
+            None => self.first.clone(),
+            Some(later) => self.later.get(later).cloned().flatten(),
+        }
+    }
+
+    fn newest(&self) -> Option<Sector> {
+        self.later.last().unwrap_or(&self.first).clone()
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub(super) struct FileNode {
     /// What reads show.
     shown: Content,
     /// What is on the medium for certain.
     kept: Content,
-    /// Values since the last sync; `None` is a hole.
-    unsynced: BTreeMap<u64, Vec<Option<Sector>>>,
+    unsynced: BTreeMap<u64, Values>,
     unsynced_lens: Vec<u64>,
     /// Bytes that are allocated and hold nothing.
     pub(super) reserved: u64,
@@ -89,7 +116,10 @@ impl FileNode {
             Some(bytes) => self.shown.sectors.insert(sector, bytes.clone()),
             None => self.shown.sectors.remove(&sector),
         };
-        self.unsynced.entry(sector).or_default().push(value);
+        match self.unsynced.entry(sector) {
+            Entry::Vacant(free) => drop(free.insert(Values { first: value, later: Vec::new() })),
+            Entry::Occupied(values) => values.into_mut().later.push(value),
+        }
     }
 
     pub(super) fn set_len(&mut self, len: u64) {
@@ -123,9 +153,7 @@ impl FileNode {
 
     pub(super) fn sync(&mut self) {
         for (sector, values) in std::mem::take(&mut self.unsynced) {
-            if let Some(newest) = values.into_iter().next_back() {
-                set(&mut self.kept, sector, newest);
-            }
+            set(&mut self.kept, sector, values.newest());
         }
         if let Some(newest) = std::mem::take(&mut self.unsynced_lens).pop() {
             self.kept.len = newest;
@@ -147,9 +175,7 @@ impl FileNode {
     pub(super) fn drop_cache(&mut self) {
         let mut content = self.kept.clone();
         for (sector, values) in &self.unsynced {
-            if let Some(newest) = values.last() {
-                set(&mut content, *sector, newest.clone());
-            }
+            set(&mut content, *sector, values.newest());
         }
         content.len = self.unsynced_lens.last().copied().unwrap_or(content.len);
         self.shown = content;
@@ -161,7 +187,7 @@ impl FileNode {
         for (&sector, values) in &self.unsynced {
             match choose(Effect::Sector { file, sector }, values.len() + 1) {
                 0 => {}
-                n => set(&mut kept, sector, values.get(n - 1).cloned().flatten()),
+                n => set(&mut kept, sector, values.get(n - 1)),
             }
         }
         if !self.unsynced_lens.is_empty() {
@@ -177,7 +203,7 @@ impl FileNode {
 
     /// Sectors whose newest value is a hole and not yet on the medium.
     pub(super) fn unsynced_holes(&self) -> impl Iterator<Item = u64> {
-        let newest = self.unsynced.iter().filter(|(_, values)| matches!(values.last(), Some(None)));
+        let newest = self.unsynced.iter().filter(|(_, values)| values.newest().is_none());
         newest.map(|(sector, _)| *sector)
     }
 

@@ -309,6 +309,10 @@ impl Medium {
     }
 
     fn free(&self) -> u64 {
-        self.limit.saturating_sub(self.names.used_bytes())
+        match self.limit {
+            // There is no end to it: nothing is counted.
+            u64::MAX => u64::MAX,
+            limit => limit.saturating_sub(self.names.used_bytes()),
+        }
     }
 }
