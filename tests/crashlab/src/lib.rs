@@ -122,8 +122,11 @@ fn play(world: &Rc<RefCell<World>>) -> Result<(), String> {
             now.restart()?;
             continue;
         }
+        if now.steps.is_empty() && !now.ask_more() {
+            break;
+        }
         match now.steps.front() {
-            None => break,
+            None => {}
             Some(Step::Life { .. }) => {
                 let Some(Step::Life { life, volume, pick }) = now.steps.pop_front() else { break };
                 drop(now);

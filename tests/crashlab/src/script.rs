@@ -6,7 +6,7 @@
 use bedplate_engine::exec::simulated::Seed;
 use serde::{Deserialize, Serialize};
 
-use crate::{decay::LIES, faults::FaultKind};
+use crate::{decay::LIES, faults::FaultKind, stats::OPERATIONS_LEAST};
 
 /// Steps of a seed. Most are operations.
 const STEPS: u64 = 360;
@@ -108,6 +108,9 @@ pub struct Setup {
     pub medium: Option<u32>,
     /// What the medium does in the end that it must not: one of [`LIES`].
     pub decay: Option<FaultKind>,
+    /// When the steps end before there were so many operations, clients ask for more.
+    #[serde(default)]
+    pub operations: u16,
 }
 
 /// A history to be run.
@@ -179,18 +182,30 @@ const LAYERS: [Life; 8] = {
     use Life::*;
     [Snapshot, Snapshot, DeleteSnapshot, DeleteSnapshot, Merge, Merge, Flatten, DeleteVolume]
 };
+/// Those that can meet in a volume that failed, and its way out.
+const REPAIRS: [Life; 10] = {
+    use Life::*;
+    [Recover, Recover, Recover, Recover, FullClone, Merge, Flatten, Flatten, Flatten, Export]
+};
 /// Those that leave a head where it is.
 const HEADS: [Life; 4] = [Life::Flatten, Life::Flatten, Life::Grow, Life::Export];
 
 impl Habits {
     fn of(seed: &mut Seed, weather: Weather) -> Habits {
         const UNITS: [&[u64]; 4] = [&[1, 8, 64], &[1, 8, 64], &[8, 64], &[64]];
+        let failing = matches!(weather, Weather::Syncs | Weather::Any);
+        let lives: &[Life] = match seed.index(4) {
+            0 if failing => &REPAIRS,
+            0 | 1 => &LIVES,
+            2 => &LAYERS,
+            _ => &HEADS,
+        };
         Habits {
             weather,
             clients: CLIENTS_MIN + seed.below(3),
             units: UNITS[seed.index(UNITS.len())],
             crowded: seed.one_in(2),
-            lives: [&LIVES[..], &LIVES, &LAYERS, &HEADS][seed.index(4)],
+            lives,
         }
     }
 
@@ -223,6 +238,7 @@ impl Script {
             write_align: if seed.one_in(3) { 4096 } else { 512 },
             medium: (weather == Weather::Full).then_some(4 << 20),
             decay: seed.one_in(4).then(|| LIES[seed.index(LIES.len())]),
+            operations: number_of(OPERATIONS_LEAST),
         };
         let habits = Habits::of(&mut seed, weather);
         let steps = (0..STEPS).map(|_| step(&mut seed, &habits)).collect();
@@ -251,6 +267,23 @@ impl Script {
     }
 }
 
+/// A request more, of a client that waits for what it asked before.
+pub fn one_more(seed: &mut Seed) -> Step {
+    const HABITS: Habits = Habits {
+        weather: Weather::Fair,
+        clients: CLIENTS_MIN,
+        units: &[1, 8, 64],
+        crowded: false,
+        lives: &[],
+    };
+    match request(seed, &HABITS) {
+        Step::Client { client, volume, ask, start, cells, moves: _ } => {
+            Step::Client { client, volume, ask, start, cells, moves: 24 }
+        }
+        other => other,
+    }
+}
+
 fn number_of<T: TryFrom<u64>>(number: u64) -> T
 where
     T::Error: std::fmt::Debug,
@@ -259,9 +292,6 @@ where
 }
 
 fn step(seed: &mut Seed, habits: &Habits) -> Step {
-    fn one_of<T: Copy>(seed: &mut Seed, all: &[T]) -> T {
-        all[seed.index(all.len())]
-    }
     match seed.below(1000) {
         0..6 => Step::Cut {
             cut: one_of(seed, &[Cut::Kill, Cut::Power, Cut::Power, Cut::Close]),
@@ -280,30 +310,36 @@ fn step(seed: &mut Seed, habits: &Habits) -> Step {
             volume: habits.volume(seed),
             pick: number_of(seed.below(256)),
         },
-        _ => {
-            let ask = match seed.below(16) {
-                0..4 => Ask::Write,
-                4 | 5 => Ask::FuaWrite,
-                6 => Ask::WriteZeros,
-                7 => Ask::Zero,
-                8 => Ask::FuaZero,
-                9 | 10 => Ask::Discard,
-                11 | 12 => Ask::Flush,
-                13 | 14 => Ask::Read,
-                _ => Ask::ReadAhead,
-            };
-            let unit = one_of(seed, habits.units);
-            let most = one_of(seed, &[2, 9, 4 * 64 / unit]);
-            let cells = unit * (1 + seed.below(most));
-            Step::Client {
-                client: number_of(seed.below(habits.clients)),
-                volume: habits.volume(seed),
-                ask,
-                start: number_of(unit * seed.below(1024 / unit)),
-                cells: number_of(cells),
-                moves: number_of(one_of(seed, &[0, 1, 3, 8]) * seed.below(3)),
-            }
-        }
+        _ => request(seed, habits),
+    }
+}
+
+fn one_of<T: Copy>(seed: &mut Seed, all: &[T]) -> T {
+    all[seed.index(all.len())]
+}
+
+fn request(seed: &mut Seed, habits: &Habits) -> Step {
+    let ask = match seed.below(16) {
+        0..4 => Ask::Write,
+        4 | 5 => Ask::FuaWrite,
+        6 => Ask::WriteZeros,
+        7 => Ask::Zero,
+        8 => Ask::FuaZero,
+        9 | 10 => Ask::Discard,
+        11 | 12 => Ask::Flush,
+        13 | 14 => Ask::Read,
+        _ => Ask::ReadAhead,
+    };
+    let unit = one_of(seed, habits.units);
+    let most = one_of(seed, &[2, 9, 4 * 64 / unit]);
+    let cells = unit * (1 + seed.below(most));
+    Step::Client {
+        client: number_of(seed.below(habits.clients)),
+        volume: habits.volume(seed),
+        ask,
+        start: number_of(unit * seed.below(1024 / unit)),
+        cells: number_of(cells),
+        moves: number_of(one_of(seed, &[0, 1, 3, 8]) * seed.below(3)),
     }
 }
 

@@ -33,13 +33,15 @@ use crate::{
     image::Image,
     medium::Medium,
     operation::Operation,
-    script::{Ask, Script, Setup, Step},
+    script::{self, Ask, Script, Setup, Step},
     stats::Stats,
     turns,
 };
 
 /// Operations of one client at a time.
 const PER_CLIENT: usize = 2;
+/// Requests that a busy client or a stopped machine does not take are asked for again so often.
+const ROUNDS_MORE: u32 = 20;
 /// Log of a new head: checkpoints are frequent.
 const LOG_LEN: u64 = 4096;
 
@@ -177,6 +179,8 @@ pub struct World {
     pub older_records: Vec<(String, Vec<u8>)>,
     flights: Vec<Flight>,
     names: u64,
+    /// How often clients may still ask for more, see [`World::ask_more`].
+    rounds_more: u32,
 }
 
 pub fn index(n: u64) -> usize {
@@ -203,6 +207,7 @@ impl World {
             older_records: Vec::new(),
             flights: Vec::new(),
             names: 0,
+            rounds_more: ROUNDS_MORE,
         }
     }
 
@@ -302,6 +307,18 @@ impl World {
             Step::Room { bytes } if self.setup.medium.is_some() => self.medium.leave(bytes.into()),
             Step::Cut { .. } | Step::Room { .. } | Step::Life { .. } => {}
         }
+        true
+    }
+
+    /// Let clients ask for more where there were too few operations; whether they did.
+    pub fn ask_more(&mut self) -> bool {
+        let missing = u64::from(self.setup.operations).saturating_sub(self.stats.operation_count());
+        if missing == 0 || self.rounds_more == 0 {
+            return false;
+        }
+        self.rounds_more -= 1;
+        let more = (0..missing).map(|_| script::one_more(&mut self.seed));
+        self.steps.extend(more);
         true
     }
 
