@@ -344,4 +344,42 @@ mod tests {
         assert!(cells.check_read(range, &bytes, now).is_err());
         assert!(cells.check_read(range, &cell_bytes(image_value(1)), now).is_ok());
     }
+
+    #[test]
+    fn a_lost_cache_may_show_what_was_durable_and_nothing_older() {
+        let mut cells = cells();
+        let range = ByteRange::new(64, 64);
+        let mut written = Vec::new();
+        for durable in [true, false] {
+            let (id, bytes) = cells.begin(range, Content::Stamped);
+            if durable {
+                cells.acknowledged_durable(id)
+            } else {
+                cells.acknowledged(id)
+            }
+            written.push(bytes);
+        }
+        let reads = |cells: &mut Cells, bytes: &[u8]| {
+            let now = cells.now();
+            cells.check_read(range, bytes, now).is_ok()
+        };
+        assert!(!reads(&mut cells, &written[0]) && reads(&mut cells, &written[1]));
+        cells.lost_cache();
+        assert!(reads(&mut cells, &written[0]) && reads(&mut cells, &written[1]));
+        assert!(!reads(&mut cells, &cell_bytes(image_value(1))));
+    }
+
+    #[test]
+    fn a_flush_that_began_before_cells_took_the_place_of_others_says_nothing_of_what_came_after() {
+        let mut before = cells();
+        let mut after = before.snapshot(2);
+        let since = (0..9).map(|_| before.now()).last().expect("a moment");
+        after.follow(&before);
+        let range = ByteRange::new(0, 64);
+        let (id, _) = after.begin(range, Content::Zeros);
+        after.acknowledged(id);
+        after.flushed(since);
+        let old: Vec<u8> = (0..4).flat_map(|n| cell_bytes(image_value(n))).collect();
+        assert!(after.crashed(&old).is_ok(), "it was not flushed");
+    }
 }
