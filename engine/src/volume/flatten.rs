@@ -51,9 +51,8 @@ impl Disk {
         device.live()?.flush()?;
         let mut record = device.record();
         record.image = None;
-        self.switch_record(&device, record)?;
         self.tree().forget_indexes(bottom);
-        self.refresh(&device)?;
+        self.switch_layers(&device, record)?;
         Ok(device.info())
     }
 

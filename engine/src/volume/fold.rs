@@ -75,16 +75,12 @@ impl Disk {
         }
         let Some(_life) = self.life_of(candidate) else { return Ok(Progress::Done) };
         self.replace_map(&mut lower)?;
-        let volumes = self.volumes_over(upper.uuid);
-        for volume in &volumes {
-            let mut record = volume.record();
-            record.fold(upper.uuid, lower.uuid);
-            self.switch_record(volume, record)?;
-        }
         self.tree().forget_indexes(upper.uuid);
         self.tree().forget_indexes(lower.uuid);
-        for volume in &volumes {
-            self.refresh(volume)?;
+        for volume in self.volumes_over(upper.uuid) {
+            let mut record = volume.record();
+            record.fold(upper.uuid, lower.uuid);
+            self.switch_layers(&volume, record)?;
         }
         self.collect();
         Ok(Progress::Done)

@@ -27,6 +27,7 @@ use super::{
     layer::{self, Layer},
     life::Life,
     record::VolumeRecord,
+    tree::Frozen,
 };
 use crate::{
     cow::{
@@ -41,7 +42,7 @@ use crate::{
     error::{Error, Result},
     exec::{executor::Executor, storage::StorageFile, view::View},
     planted::{self, Bug},
-    units::{BLOCK_SIZE, Block, BlockCount, BlockRange},
+    units::{BLOCK_SIZE, Block, BlockCount, BlockRange, ByteLen},
 };
 
 /// Blocks that are brought up between two looks at what else wants to happen: 16 MiB.
@@ -386,15 +387,12 @@ impl Disk {
                 executor.flush()?;
             }
         }
-        for volume in &over {
-            let mut record = volume.record();
-            record.splice(candidate.layer);
-            self.switch_record(volume, record)?;
-        }
         self.tree().forget_indexes(candidate.layer);
         self.tree().forget_indexes(candidate.child);
         for volume in &over {
-            self.refresh(volume)?;
+            let mut record = volume.record();
+            record.splice(candidate.layer);
+            self.switch_layers(volume, record)?;
         }
         self.collect();
         Ok(())
@@ -414,19 +412,27 @@ impl Disk {
         Ok(())
     }
 
-    /// Let a volume follow its layers and its image as its record and their maps say now.
-    pub(super) fn refresh(&self, volume: &Volume) -> Result<()> {
-        let Backend::Live(executor) = &volume.backend else { return Ok(()) };
+    /// Switch a volume to a record by which other layers, or other layers and no image, hold the same. What can fail is
+    /// done first: a merge into the head goes by the volume's index, and what another record's index does not show would
+    /// go with the layer.
+    pub(super) fn switch_layers(&self, volume: &Volume, record: VolumeRecord) -> Result<()> {
+        // One that only reads goes on as it was opened.
+        let live = volume.executor();
+        let frozen = live.map(|_| self.frozen(&record, record.parent(record.head))).transpose()?;
+        let has_image = record.image.is_some();
+        self.switch_record(volume, record)?;
+        if let (Some(executor), Some(frozen)) = (live, frozen) {
+            follow(executor, frozen, has_image);
+        }
+        Ok(())
+    }
+
+    /// Let a volume follow its layers as their maps say now.
+    fn refresh(&self, volume: &Volume) -> Result<()> {
+        let Some(executor) = volume.executor() else { return Ok(()) };
         let record = volume.record();
         let frozen = self.frozen(&record, record.parent(record.head))?;
-        executor.republish(|view| {
-            let base = view.base.clone().filter(|_| record.image.is_some());
-            let base_len = base.as_ref().map_or(crate::units::ByteLen(0), |base| base.len());
-            let index = Index { frozen: frozen.index, base_len, ..Index::clone(&view.index) };
-            // Changes under way may have been planned with the old index, so its files stay open with these.
-            let layers = frozen.files.with(&view.layers);
-            View { index: Arc::new(index), layers, base, head: view.head.clone() }
-        });
+        follow(executor, frozen, record.image.is_some());
         Ok(())
     }
 
@@ -475,6 +481,18 @@ impl Disk {
             waited += EPOCH_LOOK;
         }
     }
+}
+
+/// Let reads go by an index over other layers, and no longer by the image where the record does not name it.
+fn follow(executor: &Executor, frozen: Frozen, has_image: bool) {
+    executor.republish(|view| {
+        let base = view.base.clone().filter(|_| has_image);
+        let base_len = base.as_ref().map_or(ByteLen(0), |base| base.len());
+        let index = Index { frozen: frozen.index, base_len, ..Index::clone(&view.index) };
+        // Changes under way may have been planned with the old index, so its files stay open with these.
+        let layers = frozen.files.with(&view.layers);
+        View { index: Arc::new(index), layers, base, head: view.head.clone() }
+    });
 }
 
 /// Whether bringing this layer up into the head costs less than leaving it.

@@ -454,3 +454,38 @@ fn a_fold_that_is_cut_off_between_two_records_is_finished_later_and_loses_neithe
         "one frozen layer is left"
     );
 }
+
+/// Let every read of the map of a snapshot's layer fail.
+fn fail_maps_of(storage: &MemoryStorage, disk: &Disk, snapshot: &str) {
+    let record = served(disk, "v").record();
+    let layer = record.snapshot(snapshot).expect("there").layer;
+    storage.set_faults(move |call| {
+        let is_map = call.kind == CallKind::Read && call.path == format!("layers/{layer}/map");
+        is_map.then_some(Fault::Error(ErrorKind::Other))
+    });
+}
+
+#[test]
+fn a_merge_after_one_whose_maps_could_not_be_read_again_loses_nothing_of_what_came_up() {
+    let (storage, disk) = disk(65536);
+    let volume = || served(&disk, "v");
+    volume().write_at(&[7; 16384], 0, Durability::Fua).expect("written");
+    disk.create_snapshot("v", "kept").expect("taken");
+    volume().zero(ByteRange::new(0, 4096), Durability::Fua).expect("zeroed");
+    for name in ["s", "t"] {
+        disk.create_snapshot("v", name).expect("taken");
+    }
+    for name in ["s", "t"] {
+        disk.delete_snapshot("v", name).expect("deleted");
+    }
+    // The zeros come up into the layer above them, then into the head.
+    fail_maps_of(&storage, &disk, "kept");
+    disk.reclaim(|| true).expect_err("the maps below cannot be read");
+    storage.clear_faults();
+    disk.reclaim(|| true).expect("merged");
+    volume().flush().expect("flushed");
+    assert_eq!(first_byte(&disk), 0);
+    assert_eq!(volume().info().layer_count, 2);
+    drop(disk);
+    assert_eq!(first_byte(&open(&Arc::new(storage.kill()))), 0);
+}
