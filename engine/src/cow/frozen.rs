@@ -155,7 +155,7 @@ impl FrozenLeaf {
         let mut at = 0;
         while at < LEAF_BLOCKS {
             if let Some(range) = lost.next_if(|range| range.start <= at) {
-                at = range.end;
+                at = at.max(range.end);
                 packer.push(Value::Lost(slot), at);
                 continue;
             }

@@ -170,8 +170,10 @@ impl Held {
     }
 
     fn start_workers(&self) -> Result<Option<Arc<Workers>>> {
-        let count = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(WORKERS_MAX);
-        let start = |taking| Workers::start(count, taking, self.on_thread_start).map(Arc::new);
+        let start = |taking| {
+            let count = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(WORKERS_MAX);
+            Workers::start(count, taking, self.on_thread_start).map(Arc::new)
+        };
         match self.executor {
             ExecutorChoice::Blocking => Ok(None),
             ExecutorChoice::Ring => start(Taking::All).map(Some),
