@@ -51,6 +51,8 @@ pub(super) const BATCH_BLOCKS: u64 = 4096;
 const SMALL_BLOCKS: u64 = 4096;
 /// A full disk's steps are no smaller: each has two maps written and every map of the chain read again.
 const STEP_BLOCKS_MIN: u64 = 64;
+/// Runs that are given back below a head after one flush.
+const GIVE_BACK_RUNS_MAX: usize = 65_536;
 /// How long a full disk waits for readers of older indexes.
 const EPOCH_WAIT_MAX: Duration = Duration::from_secs(10);
 /// How often it looks.
@@ -236,25 +238,24 @@ impl Disk {
         Ok(())
     }
 
-    /// Punch the blocks of a frozen layer that its child, a head, hides durably.
+    /// Punch the blocks of a frozen layer that its child, a head, hides durably. What it hides is looked up first: what
+    /// it comes to hide during the flush is not durable, and a reader may have planned with what lies below.
     fn give_back_below_head(&self, executor: &Executor, slot: Slot, patience: &mut Patience) -> Result<()> {
-        executor.flush()?;
-        let new_epoch = |view: &View| View { index: Arc::new(Index::clone(&view.index)), ..view.clone() };
-        executor.republish(new_epoch);
-        let view = executor.view();
-        let Some(file) = view.layers.get(slot) else { return Ok(()) };
-        if !self.wait_for_readers(&[executor], &[slot], patience) {
-            return Ok(());
-        }
-        let all = BlockRange { start: Block(0), count: view.index.head.block_count() };
-        // Flushed above, and a head's block never becomes absent again: what is hidden now is hidden after a crash.
-        let hidden = view.index.head.runs(all).filter(|(_, state)| *state != BlockState::Absent);
-        for (run, value) in hidden.flat_map(|(run, _)| view.index.frozen.runs(run)) {
-            if value.slot() == Some(slot) {
-                punch(&**file, run);
+        let mut from = Block(0);
+        loop {
+            let hidden = hidden(&executor.view().index, slot, from);
+            let Some(last) = hidden.last() else { return Ok(()) };
+            from = last.end();
+            // A head's block never becomes absent again: what is durably hidden now is hidden after a crash.
+            executor.flush()?;
+            let new_epoch = |view: &View| View { index: Arc::new(Index::clone(&view.index)), ..view.clone() };
+            executor.republish(new_epoch);
+            let Some(file) = executor.view().layers.get(slot).cloned() else { return Ok(()) };
+            if !self.wait_for_readers(&[executor], &[slot], patience) {
+                return Ok(());
             }
+            hidden.into_iter().for_each(|run| punch(&*file, run));
         }
-        Ok(())
     }
 
     fn merge_into_frozen(&self, candidate: Candidate, go_on: &mut impl FnMut() -> bool) -> Result<Progress> {
@@ -515,6 +516,15 @@ fn visible_blocks(lower: &Layer, upper: &Layer, blocks: BlockRange) -> u64 {
     let absent = upper.index.runs(blocks).filter(|(_, state)| *state == BlockState::Absent);
     let below = absent.flat_map(|(run, _)| lower.index.runs(run));
     below.filter(|(_, state)| *state == BlockState::Data).map(|(run, _)| run.count.0).sum()
+}
+
+/// Runs of `slot`'s blocks from `from` on that the head hides by now, at most [`GIVE_BACK_RUNS_MAX`].
+fn hidden(index: &Index, slot: Slot, from: Block) -> Vec<BlockRange> {
+    let all = BlockRange { start: from, count: Block(index.head.block_count().0).since(from) };
+    let hidden = index.head.runs(all).filter(|(_, state)| *state != BlockState::Absent);
+    let below = hidden.flat_map(|(run, _)| index.frozen.runs(run));
+    let of_slot = below.filter(|(_, value)| value.slot() == Some(slot)).map(|(run, _)| run);
+    of_slot.take(GIVE_BACK_RUNS_MAX).collect()
 }
 
 /// Runs of `batch` that the head does not know and `slot` answers for.

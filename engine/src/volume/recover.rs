@@ -63,8 +63,10 @@ impl Disk {
             .and_then(|volume| volume.executor())
             .is_some_and(|executor| executor.failed().is_some())
         {
-            // Also where the failure could not be marked: without the mark nothing else makes the head be read anew.
+            // Also where the failure could not be marked: without the mark nothing else makes the head be read anew, nor
+            // what it shows from then on durable.
             let data = self.storage.open(&data_path(&layer::dir(record.head)), Open::Direct)?;
+            data.sync()?;
             data.drop_cache()?;
         }
         let mut layers = Vec::new();

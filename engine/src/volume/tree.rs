@@ -29,6 +29,8 @@ use crate::{
 /// A stack of frozen layers.
 #[derive(Clone, Debug)]
 pub(super) struct Frozen {
+    /// What it is over, the top first. Records that a merge switches one by one may disagree on what lies below a layer.
+    chain: Vec<Uuid>,
     pub index: FrozenIndex,
     pub files: LayerFiles,
     /// Why some blocks are lost, if any are.
@@ -126,15 +128,17 @@ impl Disk {
     /// disk is opened, so that maps and records stay as they are; the tree is not locked while maps are read, so that whoever only looks a volume up
     /// does not wait for them.
     pub(super) fn frozen(&self, record: &VolumeRecord, top: Option<Uuid>) -> Result<Frozen> {
-        let mut built = Frozen { index: FrozenIndex::empty(), files: LayerFiles::default(), fault: None };
+        let chain = top.map_or(Vec::new(), |top| record.chain(top));
+        let (index, files) = (FrozenIndex::empty(), LayerFiles::default());
+        let mut built = Frozen { chain, index, files, fault: None };
         let Some(top) = top else { return Ok(built) };
         // When a disk is opened, many threads open what stands on one layer.
         let _building = self.building(top);
-        if let Some(known) = self.tree().frozen.get(&top) {
+        if let Some(known) = self.tree().frozen.get(&top).filter(|known| known.chain == built.chain) {
             return Ok(known.clone());
         }
         let mut files = Vec::new();
-        for uuid in record.chain(top).into_iter().rev() {
+        for uuid in built.chain.iter().rev().copied() {
             let Layer { data, index, lost, fault, .. } = layer::open(&*self.storage, uuid)?;
             let slot = self.tree().slot(uuid, &data);
             built.index = built.index.overlaid(&index, slot, &lost);
@@ -157,6 +161,7 @@ impl Disk {
     ) -> Frozen {
         let slot = self.tree().slot(head, data);
         let frozen = Frozen {
+            chain: [&[head], below.chain.as_slice()].concat(),
             index: below.index.overlaid(index, slot, &[]),
             files: below.files.with(&LayerFiles::new(vec![(slot, data.clone())])),
             fault: below.fault.clone(),
