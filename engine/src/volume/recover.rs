@@ -55,35 +55,21 @@ impl Disk {
             Some(volume) => volume.record(),
             None => self.broken_record(volume)?,
         };
-        // A head that takes writes is whole, and its files are being written to.
+        // A head that takes writes is whole, and its files are being written to. Why another does not, the disk may not
+        // say: the failure could not be marked, or a switch may not have happened.
         let whole = open.as_ref().is_some_and(|volume| volume.live().is_ok()).then_some(record.head);
+        let reason = open.as_ref().and_then(|volume| volume.live().err()).map(|error| error.to_string());
         let uncertain = open.as_ref().and_then(|volume| volume.executor()?.uncertain().cloned());
-        if open
-            .as_ref()
-            .and_then(|volume| volume.executor())
-            .is_some_and(|executor| executor.failed().is_some())
-        {
-            // Also where the failure could not be marked: without the mark nothing else makes the head be read anew, nor
-            // what it shows from then on durable.
-            let data = self.storage.open(&data_path(&layer::dir(record.head)), Open::Direct)?;
-            data.sync()?;
-            data.drop_cache()?;
-        }
         let mut layers = Vec::new();
         for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
-            let log_len = if layer.uuid == record.head { self.log_len } else { LogLen::Sealed };
-            layers.extend(recover_layer(&*self.storage, layer.uuid, ByteLen(record.size_bytes), log_len)?);
+            let is_head = layer.uuid == record.head;
+            let log_len = if is_head { self.log_len } else { LogLen::Sealed };
+            let reason = reason.clone().filter(|_| is_head);
+            let size = ByteLen(record.size_bytes);
+            layers.extend(recover_layer(&*self.storage, layer.uuid, size, log_len, reason)?);
             self.tree().forget_indexes(layer.uuid);
         }
-        let is_head = |layer: &RecoveredLayer| layer.layer == record.head;
-        if let Some(reason) = open.as_ref().and_then(|volume| volume.live().err())
-            && !layers.iter().any(is_head)
-        {
-            // Nothing on the disk says so: a switch that may not have happened, or a mark that could not be left.
-            let reason = reason.to_string();
-            layers.push(RecoveredLayer { layer: record.head, reason, guessed: Vec::new() });
-        }
-        if let Some(head) = layers.iter_mut().find(|layer| is_head(layer)) {
+        if let Some(head) = layers.iter_mut().find(|layer| layer.layer == record.head) {
             let volume = ByteRange::new(0, record.size_bytes);
             let uncertain = uncertain.iter().flat_map(|blocks| blocks.iter());
             head.guessed.extend(uncertain.filter_map(|blocks| blocks.bytes().intersect(volume)));
@@ -124,19 +110,25 @@ impl Disk {
     }
 }
 
-/// Make a layer whole again; `None` if it is.
+/// Make a layer whole again, and what it shows durable; `None` if it is whole. `reason` is why it is not, where that is
+/// known from elsewhere.
 fn recover_layer(
     storage: &dyn Storage,
     uuid: Uuid,
     size: ByteLen,
     log_len: LogLen,
+    reason: Option<String>,
 ) -> Result<Option<RecoveredLayer>> {
     let dir = layer::dir(uuid);
     let (index, end, lost, reason, data) = match layer::open(storage, uuid) {
-        Ok(layer) => match layer.fault {
-            None => return Ok(None),
-            Some(reason) => (layer.index, Some(layer.log), layer.lost, reason, layer.data),
-        },
+        Ok(layer) => {
+            if reason.is_some() {
+                // Without a mark on the disk nothing else makes the data be read anew.
+                layer.data.drop_cache()?;
+            }
+            let Some(reason) = layer.fault.or(reason) else { return Ok(None) };
+            (layer.index, Some(layer.log), layer.lost, reason, layer.data)
+        }
         Err(error @ (Error::Corrupt { .. } | Error::Unsupported { .. })) => {
             // Nothing of the map is left: everything is a guess. It may be marked as well, which was not looked at.
             let data = storage.open(&data_path(&dir), Open::Direct)?;

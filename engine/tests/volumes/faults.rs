@@ -137,6 +137,10 @@ fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked()
     assert_eq!(dropped.load(Ordering::Relaxed), 1, "what is read from now on comes from the medium");
     let guessed: Vec<ByteRange> = recovered.layers.into_iter().flat_map(|layer| layer.guessed).collect();
     assert_eq!(guessed, [ByteRange::new(0, 4096), ByteRange::new(12288, 4096)]);
+    // What is shown now stays, also what came to the medium's cache and was never answered.
+    let shown = content(&served(&disk, "v"));
+    let left = crate::util::open(Held::over(Arc::new(storage.crash_losing_all())), Arc::default());
+    assert!(content(&served(&left, "v")) == shown);
     served(&disk, "v").write_at(&[3; 4096], 0, Durability::Fua).expect("it takes writes again");
 }
 
