@@ -314,7 +314,31 @@ def data_files():
     yield beside("data_file_extl2", {"extended_l2": "on"}, subclusters(64 * KIB))
 
 
-GROUPS = [geometry, compression, zeros, extended_l2, states, snapshots, bitmaps, sizes, extensions, chains, data_files]
+def small():
+    """Of each feature one in a few KiB: what a fuzzer begins with is read and changed again and again."""
+    c = 512
+    tiny, end = {"cluster_size": c}, 16 * c
+    then = [snap("first"), commands(w(1, 0, 2 * c), z(3 * c, c)), snap("second"), commands(w(2, c, c))]
+    yield Recipe("small_snapshots", end, tiny, [w(0, 0, 4 * c)], then)
+    yield Recipe("small_v2_snapshots", end, tiny | {"compat": "0.10"}, [w(0, 0, 4 * c)], then)
+    for method in ("zlib", "zstd"):
+        then = [snap("packed"), commands(w(1, c, c), wc(2, 9 * c, c))]
+        yield Recipe(f"small_{method}", end, tiny | {"compression_type": method}, compressed(8 * c, c), then)
+        packed = {"cluster_size": 4 * KIB, "compression_type": method}
+        yield Recipe(f"small_{method}_packed", 16 * KIB, packed, source=[(0, "0", 9 * KIB)])
+    yield Recipe("small_bitmaps", end, tiny, [w(0, 0, c)], [marked("a", "-g", "512"), commands(w(1, c, c)), snap("s")])
+    yield Recipe("small_zeros", end, tiny, [w(0, 0, 8 * c), z(c, c), z(3 * c, c, "-u"), discard(5 * c, c)])
+    yield Recipe("small_refcounts", 256 * c, tiny | {"refcount_bits": 64}, [w(0, 0, 66 * c)])
+    c = 16 * KIB
+    extended, sub = {"cluster_size": c, "extended_l2": "on"}, c // 32
+    some = [w(0, 0, c), w(1, c + sub, sub), z(c + 4 * sub, 5 * sub), z(2 * c, c)]
+    yield Recipe("small_extl2", 4 * c, extended, some)
+    yield Recipe("small_extl2_zstd", 4 * c, extended | {"compression_type": "zstd"}, [wc(0, 0, c), wc(1, c, c)])
+
+
+GROUPS = [
+    geometry, compression, zeros, extended_l2, states, snapshots, bitmaps, sizes, extensions, chains, data_files, small,
+]
 
 
 def recipes():
