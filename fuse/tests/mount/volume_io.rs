@@ -25,7 +25,7 @@ use uuid::Uuid;
 
 use crate::{
     TRANSPORT,
-    fixture::{Fixture, VOLUME, VOLUME_SIZE, errno, pattern, until},
+    fixture::{Fixture, VOLUME, VOLUME_SIZE, errno, pattern, shell_ok, until},
     memory::{Asked, MemoryDevice},
 };
 
@@ -239,10 +239,20 @@ fn a_shared_mapping_and_the_file_see_each_others_bytes() {
     assert_eq!(fixture.volume.peek(10000, 7), b"through");
     file.write_all_at(b"direct", 20000).unwrap();
     assert_eq!(&mapping[20000..20006], b"direct");
-    // What a client leaves in a mapping is written back when it lets go, with no flush of its own.
-    mapping[30000..30004].copy_from_slice(b"last");
-    drop(mapping);
-    drop(file);
+}
+
+/// The client is a process of its own: the kernel holds its address space while it writes the mapping back, and a thread that
+/// serves the mount may want more memory of that one meanwhile.
+#[test]
+fn what_a_client_leaves_in_a_mapping_is_written_back_when_it_lets_go_without_a_flush() {
+    let fixture = Fixture::new();
+    let script = r#"python3 -c '
+import mmap, os
+file = os.open(os.environ["F"], os.O_RDWR)
+mapping = mmap.mmap(file, 65536)
+mapping[30000:30004] = b"last"
+mapping.close()'"#;
+    shell_ok(&fixture, script);
     until("the write-back of the mapping", || fixture.volume.peek(30000, 4) == b"last");
 }
 
