@@ -112,7 +112,7 @@ fn checked(args: &CheckArgs) -> Result<u8> {
                 let file = open_file(&args.file)?;
                 let chain = Chain::open(file, &args.file, Format::Qcow2, &View::Active, None)?;
                 for text in read_all(&chain.into_stack())? {
-                    counts.corruption(text);
+                    counts.corruption(|| text);
                 }
             }
             finish(args, counts)
@@ -192,24 +192,28 @@ fn read_all(stack: &Stack) -> Result<Vec<String>> {
     let mut next = 0;
     while next < stack.size() {
         // A part of the map at a time, however many runs it has.
-        let mut ranges = Vec::new();
+        let mut runs = Vec::new();
         stack.each(ByteRange::new(next, stack.size() - next), |run| {
             next = run.range.end().0;
             match run.kind {
-                Kind::Data { .. } | Kind::Compressed | Kind::Damaged => ranges.push(run.range),
+                Kind::Data { .. } | Kind::Compressed | Kind::Damaged => runs.push(run),
                 Kind::Zero { .. } | Kind::Absent | Kind::Unopened => {}
             }
-            if ranges.len() < RUNS_AT_ONCE { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            if runs.len() < RUNS_AT_ONCE { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
-        for range in ranges {
-            let mut start = range.start.0;
-            while start < range.end().0 {
-                let len = (range.end().0 - start).min(DATA_PIECE_LEN);
+        for run in runs {
+            // However long it is: one entry of a table may be damaged for many TiB.
+            if run.kind == Kind::Damaged {
+                note(&mut failed, || stack.explain(run));
+                continue;
+            }
+            let mut start = run.range.start.0;
+            while start < run.range.end().0 {
+                let len = (run.range.end().0 - start).min(DATA_PIECE_LEN);
                 if let Some(part) = buffer.get_mut(..to_usize(len))
                     && let Err(error) = stack.read_at(part, start)
-                    && failed.len() < FINDINGS_MAX
                 {
-                    failed.push(error.to_string());
+                    note(&mut failed, || error);
                 }
                 start += len;
                 bar.set_position(start);
@@ -218,6 +222,12 @@ fn read_all(stack: &Stack) -> Result<Vec<String>> {
     }
     bar.finish_and_clear();
     Ok(failed)
+}
+
+fn note(failed: &mut Vec<String>, error: impl FnOnce() -> Error) {
+    if failed.len() < FINDINGS_MAX {
+        failed.push(error().to_string());
+    }
 }
 
 fn finish(args: &CheckArgs, counts: Counts) -> Result<u8> {

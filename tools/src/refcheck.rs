@@ -6,7 +6,7 @@
 //! they cannot, and a "copied" flag that contradicts the refcount. Clusters are counted in windows of
 //! [`WINDOW_CLUSTERS_MAX`], each a pass over all tables, so memory does not grow with the file.
 
-use std::ops::Range;
+use std::{collections::HashSet, ops::Range};
 
 use bedplate_engine::{
     error::{Error, Result},
@@ -40,19 +40,20 @@ pub struct Counts {
 }
 
 impl Counts {
-    pub fn corruption(&mut self, text: String) {
+    pub fn corruption(&mut self, text: impl FnOnce() -> String) {
         self.corruptions += 1;
-        self.tell(format!("ERROR {text}"));
+        self.tell(|| format!("ERROR {}", text()));
     }
 
-    fn leak(&mut self, text: String) {
+    fn leak(&mut self, text: impl FnOnce() -> String) {
         self.leaks += 1;
         self.tell(text);
     }
 
-    fn tell(&mut self, text: String) {
+    /// What is only counted is not put into words.
+    fn tell(&mut self, text: impl FnOnce() -> String) {
         if self.findings.len() < FINDINGS_MAX {
-            self.findings.push(text);
+            self.findings.push(text());
         }
     }
 }
@@ -181,9 +182,9 @@ impl<'a> Scan<'a> {
     }
 
     /// A finding of the first pass.
-    fn corruption(&mut self, text: impl Fn() -> String) {
+    fn corruption(&mut self, text: impl FnOnce() -> String) {
         if self.pass == Pass::First {
-            self.counts.corruption(text());
+            self.counts.corruption(text);
         }
     }
 
@@ -201,13 +202,14 @@ impl<'a> Scan<'a> {
         {
             let flag = if is_copied { "is set" } else { "is not set" };
             self.counts
-                .corruption(format!("{}: the copied flag {flag}, but the refcount is {refcount}", what()));
+                .corruption(|| format!("{}: the copied flag {flag}, but the refcount is {refcount}", what()));
         }
     }
 
     fn l1(&mut self, table: L1Ref, kind: Table) -> Result<()> {
         let geometry = self.file.geometry();
         self.refer(table.offset.0, u64::from(table.entries) * 8, || "an L1 table".to_owned());
+        let mut seen = HashSet::new();
         for (index, word) in self.file.l1(table)?.into_iter().enumerate() {
             let name = || format!("L1 entry {index} ({word:#018x})");
             if word & !COPIED == 0 {
@@ -223,6 +225,11 @@ impl<'a> Scan<'a> {
             self.refer(at, geometry.cluster_size(), || format!("the L2 table of {}", name()));
             if geometry.in_cluster(at) != 0 {
                 self.corruption(|| format!("{} is not aligned to a cluster", name()));
+                continue;
+            }
+            // As the engine does: or a few bytes of such entries are tables without end.
+            if !seen.insert(at) {
+                self.corruption(|| format!("{} shares its L2 table with an entry before it", name()));
                 continue;
             }
             if kind == Table::Active {
@@ -359,7 +366,7 @@ impl<'a> Scan<'a> {
                     let counted = place(&self.window, at / cluster_size)
                         .and_then(|place| self.counted.get(place).copied());
                     if let Some(counted) = counted.filter(|counted| *counted != 1) {
-                        self.counts.corruption(format!("refcount block {index} refcount={counted}"));
+                        self.counts.corruption(|| format!("refcount block {index} refcount={counted}"));
                     }
                 }
                 Err(fault) => {
@@ -378,9 +385,9 @@ impl<'a> Scan<'a> {
             }
             let text = || format!("cluster {cluster} refcount={stored} reference={counted}");
             if stored < counted {
-                self.counts.corruption(text());
+                self.counts.corruption(text);
             } else if stored > counted {
-                self.counts.leak(format!("Leaked {}", text()));
+                self.counts.leak(|| format!("Leaked {}", text()));
             }
         }
     }

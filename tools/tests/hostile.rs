@@ -135,6 +135,60 @@ fn sizes_near_the_limits_cost_nothing() {
     }
 }
 
+/// The start of an image of version 2 with its refcount table in the second cluster and its L1 table in the fourth.
+fn image_of_version_2(cluster_bits: u32, size: u64, l1: &[u64]) -> Vec<u8> {
+    let cluster = 1 << cluster_bits;
+    let at = 3 * cluster;
+    let mut bytes = vec![0; at];
+    let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+    put(0, b"QFI\xfb");
+    put(4, &2_u32.to_be_bytes());
+    put(20, &cluster_bits.to_be_bytes());
+    put(24, &size.to_be_bytes());
+    put(36, &u32::try_from(l1.len()).unwrap().to_be_bytes());
+    put(40, &(at as u64).to_be_bytes());
+    put(48, &(cluster as u64).to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    bytes.extend(l1.iter().flat_map(|entry| entry.to_be_bytes()));
+    bytes
+}
+
+#[test]
+fn a_table_that_every_entry_of_many_l1_tables_names_is_followed_once_for_each_of_them() {
+    const ENTRIES: u64 = 8192;
+    const SNAPSHOTS: u32 = 1500;
+    let mut image = image_of_version_2(9, ENTRIES * 64 * 512, &vec![1024; 8192]);
+    // The third cluster is the table, and all that it names is the first byte of the L1 table's cluster.
+    image[1024..1536].copy_from_slice(&1536_u64.to_be_bytes().repeat(64));
+    let list = image.len() as u64;
+    image[60..64].copy_from_slice(&SNAPSHOTS.to_be_bytes());
+    image[64..72].copy_from_slice(&list.to_be_bytes());
+    let mut snapshot = [0; 40];
+    snapshot[..8].copy_from_slice(&1536_u64.to_be_bytes());
+    snapshot[8..12].copy_from_slice(&8192_u32.to_be_bytes());
+    image.extend(snapshot.repeat(usize::try_from(SNAPSHOTS).unwrap()));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image").to_str().unwrap().to_owned();
+    fs::write(&path, image).unwrap();
+    survives(&path, "many snapshots");
+    let found = bounded(&["check", &path, "-o", "json"]);
+    assert_eq!(found.code, 2);
+    assert!(found.stdout.contains("shares its L2 table with an entry before it"), "{}", found.stdout);
+    assert_eq!(found.json()["allocated-clusters"], 64);
+}
+
+#[test]
+fn a_damaged_entry_for_half_a_tib_is_one_finding() {
+    // A reserved bit in each.
+    let image = image_of_version_2(21, 64 << 40, &[1 << 56 | 1; 128]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image").to_str().unwrap().to_owned();
+    fs::write(&path, image).unwrap();
+    survives(&path, "64 TiB damaged");
+    let found = bounded(&["check", &path, "--data", "-o", "json"]);
+    assert_eq!(found.code, 2, "{found:?}");
+}
+
 #[test]
 fn what_is_no_file_is_refused_at_once() {
     let dir = tempfile::tempdir().unwrap();
