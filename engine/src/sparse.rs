@@ -10,10 +10,19 @@ use crate::units::{BLOCK_BYTES, BLOCK_SIZE};
 
 /// Write `bytes` at `offset`, leaving out every block, or part of one at either end, that is all zeros.
 pub fn write_sparse(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    for_each_run(bytes, offset, |data, at| file.write_all_at(data, at))
+}
+
+/// Give `write` each run of neighbouring blocks with data, and where in the file it goes; the rest is left out.
+pub fn for_each_run<E>(
+    bytes: &[u8],
+    offset: u64,
+    write: impl FnMut(&[u8], u64) -> Result<(), E>,
+) -> Result<(), E> {
     // To the next block boundary of the file.
     let to_boundary = usize::try_from(BLOCK_SIZE - offset % BLOCK_SIZE).unwrap_or(BLOCK_BYTES) % BLOCK_BYTES;
     let (head, rest) = bytes.split_at(to_boundary.min(bytes.len()));
-    let mut run = Run { file, bytes, offset, start: 0, end: 0 };
+    let mut run = Run { write, bytes, offset, start: 0, end: 0 };
     if !head.is_empty() {
         run.block(head)?;
     }
@@ -24,17 +33,20 @@ pub fn write_sparse(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
 }
 
 /// Neighbouring blocks with data, written at once: `bytes[start..end]`.
-struct Run<'a> {
-    file: &'a File,
+struct Run<'a, W> {
+    write: W,
     bytes: &'a [u8],
     offset: u64,
     start: usize,
     end: usize,
 }
 
-impl Run<'_> {
+impl<W, E> Run<'_, W>
+where
+    W: FnMut(&[u8], u64) -> Result<(), E>,
+{
     /// The next block of the bytes.
-    fn block(&mut self, block: &[u8]) -> io::Result<()> {
+    fn block(&mut self, block: &[u8]) -> Result<(), E> {
         let next = self.end + block.len();
         if is_zero(block) {
             self.flush()?;
@@ -44,9 +56,9 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&mut self) -> Result<(), E> {
         if let Some(data) = self.bytes.get(self.start..self.end).filter(|data| !data.is_empty()) {
-            self.file.write_all_at(data, self.offset + self.start as u64)?;
+            (self.write)(data, self.offset + self.start as u64)?;
         }
         self.start = self.end;
         Ok(())

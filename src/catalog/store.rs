@@ -13,11 +13,10 @@ use std::{
 };
 
 use bedplate_engine::error::{Error, Result};
-use nix::sys::stat::{Mode, fchmod};
 use uuid::Uuid;
 
 use super::record::{ImageRecord, Stamp};
-use crate::directory::{Directory, Open, Removed};
+use crate::directory::{Directory, HeldFile, Open, Removed};
 
 /// Name of the directory of all images on a disk.
 const IMAGES: &str = "images";
@@ -45,6 +44,11 @@ impl DiskDir {
     /// Hold the directory of the disk with this id. The caller has its lock and has seen its id (invariant 11).
     pub fn open(id: Uuid, path: &Path) -> Result<DiskDir> {
         Ok(DiskDir { id, directory: Arc::new(Directory::open(path)?) })
+    }
+
+    /// The same of a directory that is held already, for a simulated machine.
+    pub fn of(id: Uuid, directory: Arc<Directory>) -> DiskDir {
+        DiskDir { id, directory }
     }
 
     pub fn id(&self) -> Uuid {
@@ -202,7 +206,7 @@ impl ImageDir {
     }
 
     pub fn open_image(&self, how: Open) -> Result<File> {
-        self.directory()?.open_file(IMAGE, how)
+        self.directory()?.open_system_file(IMAGE, how)
     }
 
     pub fn has_image(&self) -> Result<bool> {
@@ -210,14 +214,17 @@ impl ImageDir {
     }
 
     /// Give the arrived, synced file its name and make that durable; the record follows.
-    pub fn publish_file(&self, file: &File) -> Result<Stamp> {
-        let path = self.image_path();
-        fchmod(file, Mode::from_bits_truncate(0o444)).map_err(|e| Error::io("chmod", &path, e.into()))?;
-        file.sync_all().map_err(|e| Error::io("sync", &path, e))?;
+    pub fn publish_file(&self, file: &HeldFile) -> Result<Stamp> {
+        file.set_mode(0o444)?;
+        file.sync_all()?;
         let dir = self.directory()?;
         dir.rename(PARTIAL_DATA, IMAGE)?;
         dir.sync()?;
-        stamp(file, &path)
+        match file.system() {
+            Some(file) => stamp(file, &self.image_path()),
+            // A simulated file has nothing else that tells.
+            None => Ok(Stamp { size_bytes: file.len()?, mtime_ns: 0, inode: 0 }),
+        }
     }
 
     /// Take back a publication whose record was never written: the arrival goes on where it was.
@@ -225,8 +232,7 @@ impl ImageDir {
         // Whoever is not root could not write it otherwise.
         let dir = self.directory()?;
         let file = dir.open_file(IMAGE, Open::Read)?;
-        let mode = Mode::from_bits_truncate(0o600);
-        fchmod(&file, mode).map_err(|e| Error::io("chmod", self.image_path(), e.into()))?;
+        file.set_mode(0o600)?;
         dir.rename(IMAGE, PARTIAL_DATA)?;
         dir.sync()
     }
@@ -246,13 +252,8 @@ impl ImageDir {
     pub fn allocated_bytes(&self) -> u64 {
         let Ok(dir) = self.directory() else { return 0 };
         let files = [IMAGE, PARTIAL_DATA].iter().filter_map(|name| dir.open_file(name, Open::Read).ok());
-        files.map(|file| allocated(&file)).sum()
+        files.map(|file| file.allocated()).sum()
     }
-}
-
-/// Bytes that an open file takes on the disk.
-pub fn allocated(file: &File) -> u64 {
-    file.metadata().map_or(0, |meta| meta.blocks().saturating_mul(512))
 }
 
 /// What identifies the content of an open file from outside.
@@ -274,7 +275,7 @@ mod tests {
         let image = ImageDir { name: "a-01234567".to_owned(), images };
         let file = held.open_file(PARTIAL_DATA, Open::CreateWrite).unwrap();
         image.publish_file(&file).unwrap();
-        let mode = || file.metadata().unwrap().mode() & 0o777;
+        let mode = || file.system().unwrap().metadata().unwrap().mode() & 0o777;
         assert_eq!(mode(), 0o444);
         image.unpublish_file().unwrap();
         assert_eq!(mode(), 0o600);

@@ -37,7 +37,10 @@ pub(super) fn served_size(arrived: &Arrived, view: &View, path: &Path, stop: &St
             )));
         }
         (Format::Qcow2, view) => {
-            let image = open(&arrived.file, path, view)?;
+            let Some(file) = arrived.file.system() else {
+                return Err(Failure::Unsupported("a qcow2 file of a simulated machine".to_owned()));
+            };
+            let image = open(file, path, view)?;
             check_tables(image.layer(), || stop.check())?;
             image.len()
         }
@@ -97,6 +100,7 @@ mod tests {
     use std::{os::unix::fs::FileExt, time::Duration};
 
     use super::*;
+    use crate::directory::HeldFile;
 
     const CLUSTER: u64 = 512;
     /// What one table of 512 bytes maps.
@@ -151,6 +155,7 @@ mod tests {
         let file = small_clusters(2);
         let size_bytes = file.metadata().unwrap().len();
         let sums = crate::prep::checksum::Hasher::new(None).finish();
+        let file = HeldFile::new(file, "x".into());
         let arrived = Arrived { file, size_bytes, sums, format: Format::Qcow2 };
         let stop = Stop::after(Duration::from_secs(60));
         let size = served_size(&arrived, &View::Active, Path::new("x"), &stop).unwrap();

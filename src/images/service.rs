@@ -33,9 +33,9 @@ use super::{
 use crate::{
     catalog::{
         record::{FailureCode, FailureRecord, ImageRecord, Published, RecordState},
-        store::{DiskDir, Found, ImageDir, ImageStore, allocated, stamp},
+        store::{DiskDir, Found, ImageDir, ImageStore, stamp},
     },
-    directory::Open,
+    directory::{Open, allocated},
     prep::partial::Kept,
 };
 

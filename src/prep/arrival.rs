@@ -1,16 +1,13 @@
 //! One arrival: from a source into a verified, durable file, in a single pass.
 //!
 //! Owns [`arrive`], which runs the pass, and [`Arrival`], its upper end: a source pushes bytes in, they leave as
-//! aligned pieces for the threads in `pipeline`. Upholds, of invariant 5: a file is returned only when every byte is
+//! aligned pieces for the hands in `pipeline`. Upholds, of invariant 5: a file is returned only when every byte is
 //! synced, its length is what the source said, and its sum is the expected one. Of invariant 9: what was synced is kept
 //! and is where the next run starts; a failed sync throws away everything since the last good one, because a run
 //! always starts by cutting the file to what is kept.
 
 use std::{
-    fs::File,
-    os::unix::fs::FileExt,
-    path::Path,
-    sync::{Arc, mpsc::SyncSender, mpsc::sync_channel},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -20,20 +17,19 @@ use super::{
     checksum::{Expected, Hasher, Sums},
     failure::{Failure, Result},
     partial::{Kept, PartialNames, Proof},
-    pipeline::{
-        MIDSTATES_QUEUED_MAX, Mark, PIECES_QUEUED_MAX, Piece, SYNCS_QUEUED_MAX, Target, hash_pieces,
-        keep_synced, start, write_pieces,
-    },
+    pipeline::{Done, Hands, Mark, Piece, Pipeline, Target, Work, carry_out},
     probe::probe,
     progress::{Meter, Phase},
     room::Reserve,
     source::{Source, Validator},
     stop::Stop,
 };
-use crate::directory::{Directory, Open};
+use crate::directory::{Directory, HeldFile, Open};
 
 /// Bytes of a full piece. With the queues this bounds the memory of a job to about 18 MiB.
-const PIECE_LEN: u64 = 1 << 20;
+pub const PIECE_LEN: u64 = 1 << 20;
+/// Bytes that are read at once, and that tell what a file is.
+const READ_LEN: u64 = 1 << 20;
 /// Zeros that travel as one piece.
 const ZEROS_LEN_MAX: u64 = 64 << 20;
 
@@ -50,6 +46,10 @@ pub struct Spec {
     pub size_max: u64,
     /// What must stay free on its disk.
     pub reserve: Reserve,
+    /// Who hashes, writes and syncs.
+    pub hands: Hands,
+    /// [`PIECE_LEN`], unless the whole is small.
+    pub piece_len: u64,
     /// A mark is set each time this much has arrived ...
     pub sync_bytes: u64,
     /// ... or this much time has passed.
@@ -61,7 +61,7 @@ pub struct Spec {
 /// A file with every byte durable and verified, still under its partial name.
 #[derive(Debug)]
 pub struct Arrived {
-    pub file: File,
+    pub file: HeldFile,
     pub size_bytes: u64,
     pub sums: Sums,
     pub format: Format,
@@ -95,13 +95,11 @@ struct Pass {
 
 /// Run one arrival, going on where an earlier one was kept.
 pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
-    let path = spec.dir.path().join(spec.names.data);
     let file = spec.dir.open_file(spec.names.data, Open::CreateWrite)?;
-    let target =
-        Target { file: &file, path: &path, dir: &spec.dir, names: spec.names, reserve: spec.reserve };
+    let target = Target { file: &file, dir: &spec.dir, names: spec.names, reserve: spec.reserve };
     let mut pass = run(spec, source, target)?;
     if pass.parts == Parts::Unproven && pass.hasher.clone().finish().check(spec.expected.as_ref()).is_err() {
-        tracing::warn!(path = %path.display(), "the parts of an arrival do not fit; it is fetched once more as a whole");
+        tracing::warn!(path = %file.path().display(), "the parts of an arrival do not fit; it is fetched once more as a whole");
         Kept::forget(&spec.dir, spec.names)?;
         pass = run(spec, source, target)?;
     }
@@ -115,47 +113,47 @@ pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
 
     spec.meter.enter(Phase::Syncing);
     spec.stop.check()?;
-    file.set_len(size_bytes).map_err(|e| Storage::io("truncate", &path, e))?;
-    file.sync_all().map_err(|e| Storage::io("sync", &path, e))?;
+    file.set_len(size_bytes)?;
+    file.sync_all()?;
     let (position, total, complete, proof) = (size_bytes, Some(size_bytes), true, Proof::NotNeeded);
     Kept { position, total, complete, validator, proof, midstate }.store(&spec.dir, spec.names)?;
     let format = match spec.format {
         Some(format) => format,
-        None => probe_file(spec, &file, &path, size_bytes)?,
+        None => probe_file(spec, &file, size_bytes)?,
     };
     Ok(Arrived { file, size_bytes, sums, format })
 }
 
 /// Cut the file to what is kept, and restore the hash of that.
 fn pick_up(spec: &Spec, target: Target<'_>) -> Result<(Option<Kept>, Hasher)> {
-    let Target { file, path, .. } = target;
-    let len = file.metadata().map_err(|e| Storage::io("stat", path, e))?.len();
+    let file = target.file;
+    let len = file.len()?;
     let kept = Kept::load(&spec.dir, spec.names).filter(|kept| kept.position <= len);
     let position = kept.as_ref().map_or(0, |kept| kept.position);
     if kept.is_none() {
         // Nothing may vouch for the bytes that will be written now.
         Kept::forget(&spec.dir, spec.names)?;
     }
-    file.set_len(position).map_err(|e| Storage::io("truncate", path, e))?;
+    file.set_len(position)?;
     let Some(kept) = kept else { return Ok((None, Hasher::new(spec.expected.as_ref()))) };
     let hasher = match Hasher::resume(&kept.midstate, spec.expected.as_ref()) {
         Some(hasher) => hasher,
-        None => rehash(spec, file, path, position)?,
+        None => rehash(spec, file, position)?,
     };
     Ok((Some(kept), hasher))
 }
 
 /// Read the kept prefix again, where its midstate is of no use.
-fn rehash(spec: &Spec, file: &File, path: &Path, position: u64) -> Result<Hasher> {
+fn rehash(spec: &Spec, file: &HeldFile, position: u64) -> Result<Hasher> {
     spec.meter.begin(Phase::Hashing, 0, Some(position));
     let mut hasher = Hasher::new(spec.expected.as_ref());
-    let mut buffer = vec![0; usize::try_from(PIECE_LEN.min(position)).unwrap_or(0)];
+    let mut buffer = vec![0; usize::try_from(READ_LEN.min(position)).unwrap_or(0)];
     let mut at = 0;
     while at < position {
         spec.stop.check()?;
-        let len = usize::try_from((position - at).min(PIECE_LEN)).unwrap_or(buffer.len());
+        let len = usize::try_from((position - at).min(READ_LEN)).unwrap_or(buffer.len());
         let part = buffer.get_mut(..len).unwrap_or_default();
-        file.read_exact_at(part, at).map_err(|e| Storage::io("read", path, e))?;
+        file.read_exact_at(part, at)?;
         hasher.update(part);
         at += part.len() as u64;
         spec.meter.advance_to(at);
@@ -171,56 +169,50 @@ fn run(spec: &Spec, source: &mut dyn Source, target: Target<'_>) -> Result<Pass>
     if let Some(Kept { validator, complete: true, proof: Proof::NotNeeded, .. }) = kept {
         return Ok(Pass { hasher, size_bytes: from, validator, parts: Parts::Proven });
     }
-    let (to_hash, hash_queue) = sync_channel(PIECES_QUEUED_MAX);
-    let (to_write, write_queue) = sync_channel(PIECES_QUEUED_MAX);
-    let (to_sync, sync_queue) = sync_channel(SYNCS_QUEUED_MAX);
-    let (to_keep, midstates) = sync_channel(MIDSTATES_QUEUED_MAX);
-    std::thread::scope(|scope| {
-        // Queues move into their threads, so that a thread that ends closes them.
-        let expected = spec.expected.as_ref();
-        let hashing = start(scope, "hash", move || hash_pieces(&hash_queue, &to_keep, hasher, expected))?;
-        let writing = start(scope, "write", move || write_pieces(&write_queue, &to_sync, target, from))?;
-        let syncing = start(scope, "sync", move || keep_synced(&sync_queue, &midstates, target))?;
-
-        let mut arrival = Arrival::new(spec, to_hash, to_write, kept);
-        let outcome = source.transfer(&mut arrival).and_then(|()| arrival.finish());
-        let (size_bytes, total) = (arrival.position(), arrival.total);
-        let (validator, parts) = (arrival.validator.clone(), arrival.parts);
-        if outcome.as_ref().err().is_some_and(Failure::keeps_partial) {
-            // What came last is worth a sync; if that fails, less is kept and the first reason stays.
-            drop(arrival.mark());
+    let work = Work::new(target, from, hasher, spec.expected.as_ref());
+    let (Delivered { outcome, size_bytes, total, validator, parts }, done) =
+        carry_out(work, &spec.hands, &spec.meter, |pipeline| deliver(spec, source, pipeline, kept))?;
+    let Done { hasher, written } = done;
+    // A disk that refuses is why the source could not deliver, so its word comes first.
+    written.and(outcome).map_err(|failure| match failure {
+        Failure::NoSpace { .. } | Failure::Storage(Storage::NoSpace { .. }) if total.is_none() => {
+            Failure::NoSpaceForUnknown { path: spec.dir.path().to_owned(), arrived_bytes: size_bytes }
         }
-        drop(arrival);
-        spec.meter.enter(Phase::Hashing);
-        let hasher = hashing.join();
-        spec.meter.enter(Phase::Syncing);
-        // A disk that refuses is why the source could not deliver, so its word comes first.
-        let written = joined(writing.join()).and(joined(syncing.join().map(|synced| Ok(synced?))));
-        written.and(outcome).map_err(|failure| match failure {
-            Failure::NoSpace { .. } | Failure::Storage(Storage::NoSpace { .. }) if total.is_none() => {
-                Failure::NoSpaceForUnknown { path: spec.dir.path().to_owned(), arrived_bytes: size_bytes }
-            }
-            other => other,
-        })?;
-        match hasher {
-            Ok(hasher) => Ok(Pass { hasher, size_bytes, validator, parts }),
-            Err(_) => Err(Failure::Source("the hashing thread ended unexpectedly".to_owned())),
-        }
-    })
+        other => other,
+    })?;
+    Ok(Pass { hasher: hasher?, size_bytes, validator, parts })
 }
 
-fn joined(result: std::thread::Result<Result<()>>) -> Result<()> {
-    result.unwrap_or_else(|_| Err(Failure::Source("a writing thread ended unexpectedly".to_owned())))
+/// What a source delivered.
+struct Delivered {
+    outcome: Result<()>,
+    size_bytes: u64,
+    total: Option<u64>,
+    validator: Validator,
+    parts: Parts,
 }
 
-/// A queue is closed: its thread has failed, and its own error is the one that is reported.
-fn closed() -> Failure {
-    Failure::Source("the disk does not take the bytes".to_owned())
+/// Have the source deliver everything.
+fn deliver(
+    spec: &Spec,
+    source: &mut dyn Source,
+    pipeline: &mut dyn Pipeline,
+    kept: Option<Kept>,
+) -> Delivered {
+    let mut arrival = Arrival::new(spec, pipeline, kept);
+    let outcome = source.transfer(&mut arrival).and_then(|()| arrival.finish());
+    let size_bytes = arrival.position();
+    if outcome.as_ref().err().is_some_and(Failure::keeps_partial) {
+        // What came last is worth a sync; if that fails, less is kept and the first reason stays.
+        drop(arrival.mark());
+    }
+    let Arrival { total, validator, parts, .. } = arrival;
+    Delivered { outcome, size_bytes, total, validator, parts }
 }
 
-fn probe_file(spec: &Spec, file: &File, path: &Path, size_bytes: u64) -> Result<Format> {
-    let mut first = vec![0; usize::try_from(PIECE_LEN.min(size_bytes)).unwrap_or(0)];
-    file.read_exact_at(&mut first, 0).map_err(|e| Storage::io("read", path, e))?;
+fn probe_file(spec: &Spec, file: &HeldFile, size_bytes: u64) -> Result<Format> {
+    let mut first = vec![0; usize::try_from(READ_LEN.min(size_bytes)).unwrap_or(0)];
+    file.read_exact_at(&mut first, 0)?;
     probe(&first, &spec.source, Some(size_bytes))
 }
 
@@ -228,11 +220,10 @@ fn probe_file(spec: &Spec, file: &File, path: &Path, size_bytes: u64) -> Result<
 #[derive(Debug)]
 pub struct Arrival<'a> {
     spec: &'a Spec,
-    to_hash: SyncSender<Piece>,
-    to_write: SyncSender<Piece>,
+    pipeline: &'a mut dyn Pipeline,
     /// Bytes that were handed on.
     sent: u64,
-    /// Bytes that wait to become a piece. Pieces end at multiples of [`PIECE_LEN`] of the file.
+    /// Bytes that wait to become a piece. Pieces end at multiples of [`Spec::piece_len`] of the file.
     buffer: Vec<u8>,
     total: Option<u64>,
     validator: Validator,
@@ -244,20 +235,14 @@ pub struct Arrival<'a> {
 }
 
 impl<'a> Arrival<'a> {
-    fn new(
-        spec: &'a Spec,
-        to_hash: SyncSender<Piece>,
-        to_write: SyncSender<Piece>,
-        kept: Option<Kept>,
-    ) -> Self {
+    fn new(spec: &'a Spec, pipeline: &'a mut dyn Pipeline, kept: Option<Kept>) -> Self {
         let (sent, total, validator, proof) = match kept {
             Some(kept) => (kept.position, kept.total, kept.validator, kept.proof),
             None => (0, None, Validator::None, Proof::NotNeeded),
         };
         Arrival {
             spec,
-            to_hash,
-            to_write,
+            pipeline,
             sent,
             buffer: Vec::new(),
             total,
@@ -334,12 +319,12 @@ impl<'a> Arrival<'a> {
     pub fn bytes(&mut self, mut bytes: &[u8]) -> Result<()> {
         self.check_room(bytes.len() as u64)?;
         while !bytes.is_empty() {
-            let room = PIECE_LEN - self.position() % PIECE_LEN;
+            let room = self.spec.piece_len - self.position() % self.spec.piece_len;
             let take = usize::try_from(room).unwrap_or(usize::MAX).min(bytes.len());
             let (now, later) = bytes.split_at(take);
             self.buffer.extend_from_slice(now);
             bytes = later;
-            if self.position().is_multiple_of(PIECE_LEN) {
+            if self.position().is_multiple_of(self.spec.piece_len) {
                 self.hand_on()?;
             }
         }
@@ -351,7 +336,7 @@ impl<'a> Arrival<'a> {
         self.check_room(len)?;
         while len > 0 {
             let part = len.min(ZEROS_LEN_MAX);
-            if part < PIECE_LEN {
+            if part < self.spec.piece_len {
                 // Short runs stay in line with the pieces.
                 let zeros = vec![0; usize::try_from(part).unwrap_or(0)];
                 self.bytes(&zeros)?;
@@ -359,7 +344,7 @@ impl<'a> Arrival<'a> {
                 self.hand_on()?;
                 self.probed = true;
                 self.sent += part;
-                self.send(Piece::Zeros(part))?;
+                self.pipeline.hand_on(Piece::Zeros(part))?;
                 self.mark_when_due()?;
             }
             len -= part;
@@ -374,10 +359,7 @@ impl<'a> Arrival<'a> {
         (self.total, self.validator, self.parts) = (None, Validator::None, Parts::Proven);
         self.proof = Proof::NotNeeded;
         self.spec.meter.begin(Phase::Connecting, 0, None);
-        let (done, emptied) = sync_channel(1);
-        self.send(Piece::Restart(done))?;
-        // Both threads let go of it, also when they fail, so that this ends.
-        emptied.recv().map_err(|_| closed())
+        self.pipeline.restart()
     }
 
     /// Have everything up to here made durable and kept; does not wait for it.
@@ -389,7 +371,7 @@ impl<'a> Arrival<'a> {
         }
         self.marked = self.sent;
         let mark = Mark { position: self.sent, total: self.total, validator: self.validator.clone() };
-        self.send(Piece::Mark(mark))
+        self.pipeline.hand_on(Piece::Mark(mark))
     }
 
     /// How long until what has arrived by now should be kept.
@@ -424,15 +406,10 @@ impl<'a> Arrival<'a> {
         }
         let bytes = Arc::new(std::mem::take(&mut self.buffer));
         self.sent += bytes.len() as u64;
-        self.send(Piece::Data(bytes))?;
+        self.pipeline.hand_on(Piece::Data(bytes))?;
         self.spec.meter.advance_to(self.sent);
-        self.buffer.reserve_exact(usize::try_from(PIECE_LEN).unwrap_or(0));
+        self.buffer.reserve_exact(usize::try_from(self.spec.piece_len).unwrap_or(0));
         Ok(())
-    }
-
-    fn send(&self, piece: Piece) -> Result<()> {
-        self.to_hash.send(piece.clone()).map_err(|_| closed())?;
-        self.to_write.send(piece).map_err(|_| closed())
     }
 
     fn check_room(&self, len: u64) -> Result<()> {

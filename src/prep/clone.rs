@@ -3,11 +3,7 @@
 //! Either way the clone is read and hashed once before it counts: a copy as it is made, a reflink from the medium. Holes
 //! stay holes. The file that is cloned must not change, which images do not.
 
-use std::{
-    fs::File,
-    os::fd::AsRawFd,
-    path::{Path, PathBuf},
-};
+use std::{fs::File, os::fd::AsRawFd, path::PathBuf};
 
 use bedplate_engine::{error::Error as Storage, image::Format};
 use nix::errno::Errno;
@@ -19,7 +15,7 @@ use super::{
     source::file::FileSource,
     verify::verify,
 };
-use crate::directory::Open;
+use crate::directory::{HeldFile, Open};
 
 /// A file that is known to hold an image.
 #[derive(Debug)]
@@ -36,10 +32,10 @@ pub fn clone(spec: &Spec, original: Original) -> Result<Arrived> {
     let path = spec.dir.path().join(spec.names.data);
     // A copy that was begun goes on as a copy.
     if Kept::load(&spec.dir, spec.names).is_none() {
-        let file = spec.dir.open_file(spec.names.data, Open::CreateWrite)?;
+        let file = spec.dir.open_system_file(spec.names.data, Open::CreateWrite)?;
         file.set_len(0).map_err(|e| Storage::io("truncate", &path, e))?;
         match reflink(&original.file, &file) {
-            Ok(Reflink::Done) => return verified(spec, file, &path, &original),
+            Ok(Reflink::Done) => return verified(spec, HeldFile::new(file, path), &original),
             Ok(Reflink::NotPossible) => {}
             Err(e) => return Err(Storage::io("clone", path, e.into()).into()),
         }
@@ -48,12 +44,12 @@ pub fn clone(spec: &Spec, original: Original) -> Result<Arrived> {
 }
 
 /// A reflink, read from the medium before it counts.
-fn verified(spec: &Spec, file: File, path: &Path, original: &Original) -> Result<Arrived> {
+fn verified(spec: &Spec, file: HeldFile, original: &Original) -> Result<Arrived> {
     let size_bytes = original.size_bytes;
     let sums =
         verify(&spec.dir, spec.names.data, size_bytes, spec.expected.as_ref(), &spec.meter, &spec.stop)?;
     sums.check(spec.expected.as_ref())?;
-    file.sync_all().map_err(|e| Storage::io("sync", path, e))?;
+    file.sync_all()?;
     Ok(Arrived { file, size_bytes, sums, format: original.format })
 }
 

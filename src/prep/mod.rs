@@ -12,7 +12,7 @@ pub mod digest;
 pub mod export;
 pub mod failure;
 pub mod partial;
-mod pipeline;
+pub mod pipeline;
 pub mod probe;
 pub mod progress;
 pub mod room;

@@ -49,7 +49,7 @@ pub fn verify(
 ) -> Result<Sums> {
     let path = dir.path().join(name);
     meter.begin(Phase::Verifying, 0, Some(size_bytes));
-    let cached = dir.open_file(name, Open::Read)?;
+    let cached = dir.open_system_file(name, Open::Read)?;
     let len = cached.metadata().map_err(|e| Storage::io("stat", &path, e))?.len();
     if len != size_bytes {
         return Err(Failure::Corrupt(format!("{} has {len} bytes instead of {size_bytes}", path.display())));
@@ -132,7 +132,7 @@ enum Medium {
 
 impl Medium {
     fn open(dir: &Directory, name: &str, cached: File) -> Result<Medium> {
-        match dir.open_file(name, Open::ReadDirect) {
+        match dir.open_system_file(name, Open::ReadDirect) {
             Ok(direct) => Ok(Medium::Direct(direct)),
             Err(Storage::Io { source, .. }) if source.raw_os_error() == Some(Errno::EINVAL as i32) => {
                 Ok(Medium::Dropping(cached))

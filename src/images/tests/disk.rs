@@ -14,9 +14,10 @@ use super::{
 use crate::{
     directory::Directory,
     prep::{
-        arrival::{Spec, arrive},
+        arrival::{PIECE_LEN, Spec, arrive},
         checksum::Hasher,
         partial::{Kept, PartialNames, Proof},
+        pipeline::Hands,
         room::Reserve,
         source::{Validator, file::FileSource},
         stop::Stop,
@@ -207,6 +208,8 @@ fn go_on(disk: &SmallDisk, source: &Path, position: u64, kept_of: &std::fs::Meta
         expected: None,
         size_max: u64::MAX,
         reserve: Reserve::OfSize,
+        hands: Hands::Threads,
+        piece_len: PIECE_LEN,
         sync_bytes: 1 << 20,
         sync_interval: PATIENCE,
         meter: Arc::default(),

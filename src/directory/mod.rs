@@ -2,18 +2,27 @@
 //!
 //! Everything that images write goes through here, so that a disk which is unmounted under us fails instead of filling
 //! its empty mount point. Names are single components and links are not followed. Owns the one way in which a small
-//! file is replaced: write new, fsync, rename, fsync the directory; and the one place where a file is asked for its
-//! holes. Paths are kept for messages only.
+//! file is replaced: write new, fsync, rename, fsync the directory; and (`file.rs`) the one place where a file is asked
+//! for its holes. Paths are kept for messages only.
+//!
+//! For the crash lab there is a second kind ([`Directory::simulated`]), over the engine's trait of a storage: the same
+//! steps, on a medium in memory that fails and forgets.
+
+mod file;
+mod simulated;
 
 use std::{
     fs::File,
-    io::{Read, Write},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use bedplate_engine::error::{Corruption, Error, Result};
-use bedplate_engine::units::ByteOffset;
+use bedplate_engine::{
+    error::{Corruption, Error, Result},
+    exec::storage::Storage,
+    units::ByteOffset,
+};
 use nix::{
     dir::Dir,
     errno::Errno,
@@ -22,8 +31,11 @@ use nix::{
         stat::{Mode, mkdirat},
         statvfs::fstatvfs,
     },
-    unistd::{UnlinkatFlags, Whence, lseek, unlinkat},
+    unistd::{UnlinkatFlags, unlinkat},
 };
+
+pub use self::file::{HeldFile, allocated, next_data};
+use self::simulated::SimulatedDirectory;
 
 /// Most entries of one directory that are looked at.
 pub const DIRECTORY_ENTRIES_MAX: usize = 65_536;
@@ -62,14 +74,29 @@ pub struct Space {
 /// A held directory.
 #[derive(Debug)]
 pub struct Directory {
-    fd: OwnedFd,
+    kind: Kind,
     path: PathBuf,
+}
+
+#[derive(Debug)]
+enum Kind {
+    System(OwnedFd),
+    Simulated(SimulatedDirectory),
 }
 
 impl Directory {
     pub fn open(path: &Path) -> Result<Directory> {
         let fd = open(path, DIRECTORY_FLAGS, Mode::empty()).map_err(|e| failed("open", path, e))?;
-        Ok(Directory { fd, path: path.to_owned() })
+        Ok(Directory { kind: Kind::System(fd), path: path.to_owned() })
+    }
+
+    /// The root of a simulated machine's medium.
+    pub fn simulated(storage: Arc<dyn Storage>) -> Directory {
+        Directory::of(SimulatedDirectory::root(storage))
+    }
+
+    fn of(directory: SimulatedDirectory) -> Directory {
+        Directory { path: directory.path(), kind: Kind::Simulated(directory) }
     }
 
     /// Where it was when it was opened.
@@ -78,16 +105,23 @@ impl Directory {
     }
 
     pub fn open_dir(&self, name: &str) -> Result<Directory> {
+        let fd = match &self.kind {
+            Kind::System(fd) => fd,
+            Kind::Simulated(dir) => return dir.open_dir(name).map(Directory::of),
+        };
         let path = self.path.join(name);
-        let fd = openat(&self.fd, name, DIRECTORY_FLAGS | OFlag::O_NOFOLLOW, Mode::empty())
+        let fd = openat(fd, name, DIRECTORY_FLAGS | OFlag::O_NOFOLLOW, Mode::empty())
             .map_err(|e| failed("open", &path, e))?;
-        Ok(Directory { fd, path })
+        Ok(Directory { kind: Kind::System(fd), path })
     }
 
     /// Make a directory; the caller syncs this one once what is in it is durable.
     pub fn create_dir(&self, name: &str) -> Result<Directory> {
-        mkdirat(&self.fd, name, Mode::from_bits_truncate(0o755))
-            .map_err(|e| failed("create", &self.path.join(name), e))?;
+        match &self.kind {
+            Kind::System(fd) => mkdirat(fd, name, Mode::from_bits_truncate(0o755))
+                .map_err(|e| failed("create", &self.path.join(name), e))?,
+            Kind::Simulated(dir) => dir.create_dir(name)?,
+        }
         self.open_dir(name)
     }
 
@@ -103,30 +137,57 @@ impl Directory {
         }
     }
 
-    pub fn open_file(&self, name: &str, how: Open) -> Result<File> {
+    pub fn open_file(&self, name: &str, how: Open) -> Result<HeldFile> {
+        let fd = match &self.kind {
+            Kind::System(fd) => fd,
+            Kind::Simulated(dir) => return dir.open_file(name, how).map(HeldFile::simulated),
+        };
         let flags = match how {
             Open::Read => OFlag::O_RDONLY,
             Open::ReadDirect => OFlag::O_RDONLY | OFlag::O_DIRECT,
             Open::Write => OFlag::O_RDWR,
             Open::CreateWrite => OFlag::O_RDWR | OFlag::O_CREAT,
         };
-        openat(&self.fd, name, flags | FILE_FLAGS, Mode::from_bits_truncate(0o600))
-            .map(File::from)
-            .map_err(|e| failed("open", &self.path.join(name), e))
+        let path = self.path.join(name);
+        match openat(fd, name, flags | FILE_FLAGS, Mode::from_bits_truncate(0o600)) {
+            Ok(fd) => Ok(HeldFile::new(File::from(fd), path)),
+            Err(e) => Err(failed("open", &path, e)),
+        }
+    }
+
+    /// The same for whoever needs a descriptor.
+    pub fn open_system_file(&self, name: &str, how: Open) -> Result<File> {
+        self.open_file(name, how)?.into_system()
     }
 
     /// Whether the name is there.
     pub fn exists(&self, name: &str) -> Result<bool> {
-        match openat(&self.fd, name, OFlag::O_PATH | FILE_FLAGS, Mode::empty()) {
-            Ok(_) => Ok(true),
-            Err(Errno::ENOENT) => Ok(false),
-            Err(e) => Err(failed("stat", &self.path.join(name), e)),
+        let found = match &self.kind {
+            Kind::System(fd) => {
+                let found = openat(fd, name, OFlag::O_PATH | FILE_FLAGS, Mode::empty());
+                found.map(drop).map_err(|e| failed("stat", &self.path.join(name), e))
+            }
+            Kind::Simulated(dir) => dir.open_file(name, Open::Read).map(drop),
+        };
+        match found {
+            Ok(()) => Ok(true),
+            Err(e) if e.is_not_found() => Ok(false),
+            Err(e) => Err(e),
         }
     }
 
     /// The names in here that are valid UTF-8, sorted; at most [`DIRECTORY_ENTRIES_MAX`].
     pub fn names(&self) -> Result<Vec<String>> {
-        let mut dir = Dir::openat(&self.fd, ".", DIRECTORY_FLAGS, Mode::empty())
+        let mut names = match &self.kind {
+            Kind::System(fd) => self.list(fd)?,
+            Kind::Simulated(dir) => dir.names()?,
+        };
+        names.sort();
+        Ok(names)
+    }
+
+    fn list(&self, fd: &OwnedFd) -> Result<Vec<String>> {
+        let mut dir = Dir::openat(fd, ".", DIRECTORY_FLAGS, Mode::empty())
             .map_err(|e| failed("list", &self.path, e))?;
         let mut names = Vec::new();
         for entry in dir.iter() {
@@ -139,74 +200,87 @@ impl Directory {
                 Ok(name) => names.push(name.to_owned()),
             }
         }
-        names.sort();
         Ok(names)
     }
 
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
-        renameat(&self.fd, from, &self.fd, to).map_err(|e| failed("rename", &self.path.join(from), e))
+        match &self.kind {
+            Kind::System(fd) => {
+                renameat(fd, from, fd, to).map_err(|e| failed("rename", &self.path.join(from), e))
+            }
+            Kind::Simulated(dir) => dir.rename(from, to),
+        }
     }
 
     /// Remove a file; that it is not there is fine.
     pub fn remove_file(&self, name: &str) -> Result<Removed> {
-        self.remove(name, UnlinkatFlags::NoRemoveDir)
+        removed(match &self.kind {
+            Kind::System(fd) => self.unlink(fd, name, UnlinkatFlags::NoRemoveDir),
+            Kind::Simulated(dir) => dir.remove_file(name),
+        })
     }
 
     /// Remove an empty directory; that it is not there is fine.
     pub fn remove_dir(&self, name: &str) -> Result<()> {
-        self.remove(name, UnlinkatFlags::RemoveDir).map(drop)
+        let result = match &self.kind {
+            Kind::System(fd) => self.unlink(fd, name, UnlinkatFlags::RemoveDir),
+            Kind::Simulated(dir) => dir.remove_dir(name),
+        };
+        removed(result).map(drop)
     }
 
-    fn remove(&self, name: &str, kind: UnlinkatFlags) -> Result<Removed> {
-        match unlinkat(&self.fd, name, kind) {
-            Ok(()) => Ok(Removed::File),
-            Err(Errno::ENOENT) => Ok(Removed::Nothing),
-            Err(e) => Err(failed("remove", &self.path.join(name), e)),
-        }
+    fn unlink(&self, fd: &OwnedFd, name: &str, kind: UnlinkatFlags) -> Result<()> {
+        unlinkat(fd, name, kind).map_err(|e| failed("remove", &self.path.join(name), e))
     }
 
     /// Whether a file in here can be opened past the page cache. Where that cannot be found out, it is hoped for.
     pub fn takes_direct_reads(&self) -> bool {
+        let Kind::System(fd) = &self.kind else { return false };
         let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
-        !matches!(openat(&self.fd, ".", flags, Mode::from_bits_truncate(0o600)), Err(Errno::EINVAL))
+        !matches!(openat(fd, ".", flags, Mode::from_bits_truncate(0o600)), Err(Errno::EINVAL))
     }
 
     /// Make the names in here durable.
     pub fn sync(&self) -> Result<()> {
-        nix::unistd::fsync(&self.fd).map_err(|e| failed("sync", &self.path, e))
+        match &self.kind {
+            Kind::System(fd) => nix::unistd::fsync(fd).map_err(|e| failed("sync", &self.path, e)),
+            Kind::Simulated(dir) => dir.sync(),
+        }
     }
 
     /// Replace a small file: a crash leaves the old content or the new.
     pub fn replace(&self, name: &str, content: &[u8]) -> Result<()> {
         let new = format!("{name}.new");
-        let path = self.path.join(&new);
         // What an earlier crash left under this name is not written into.
         self.remove_file(&new)?;
-        let mut file = self.open_file(&new, Open::CreateWrite)?;
-        file.write_all(content).map_err(|e| Error::io("write", &path, e))?;
-        file.sync_all().map_err(|e| Error::io("sync", &path, e))?;
+        let file = self.open_file(&new, Open::CreateWrite)?;
+        file.write_all_at(content, 0)?;
+        file.sync_all()?;
         self.rename(&new, name)?;
         self.sync()
     }
 
     /// The whole of a file of at most [`SMALL_FILE_LEN_MAX`] bytes.
     pub fn read_small(&self, name: &str) -> Result<Vec<u8>> {
-        let path = self.path.join(name);
-        let file = self.open_file(name, Open::Read)?;
-        let mut content = Vec::new();
-        file.take(SMALL_FILE_LEN_MAX + 1)
-            .read_to_end(&mut content)
-            .map_err(|e| Error::io("read", &path, e))?;
+        let content = self.open_file(name, Open::Read)?.read_from_start(SMALL_FILE_LEN_MAX + 1)?;
         if content.len() as u64 > SMALL_FILE_LEN_MAX {
             let what = Corruption::Record(format!("longer than {SMALL_FILE_LEN_MAX} bytes"));
-            return Err(Error::Corrupt { path, what, at: ByteOffset(SMALL_FILE_LEN_MAX) });
+            return Err(Error::Corrupt {
+                path: self.path.join(name),
+                what,
+                at: ByteOffset(SMALL_FILE_LEN_MAX),
+            });
         }
         Ok(content)
     }
 
     /// How large the file system is, and how much of it may still be written.
     pub fn space(&self) -> Result<Space> {
-        let stat = fstatvfs(&self.fd).map_err(|e| failed("statvfs", &self.path, e))?;
+        let fd = match &self.kind {
+            Kind::System(fd) => fd,
+            Kind::Simulated(dir) => return dir.space(),
+        };
+        let stat = fstatvfs(fd).map_err(|e| failed("statvfs", &self.path, e))?;
         let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
         Ok(Space { free_bytes: bytes(stat.blocks_available()), size_bytes: bytes(stat.blocks()) })
     }
@@ -217,26 +291,12 @@ impl Directory {
     }
 }
 
-/// The next run with data at or after `at`: its start and end, both `size` when there is none.
-pub fn next_data(file: &File, at: u64, size: u64) -> nix::Result<(u64, u64)> {
-    let seek = |at: u64, whence| {
-        let at = i64::try_from(at).map_err(|_| Errno::EOVERFLOW)?;
-        lseek(file, at, whence).map(|at| u64::try_from(at).unwrap_or(size))
-    };
-    let start = match seek(at, Whence::SeekData) {
-        Ok(start) => start.min(size),
-        // Nothing but a hole up to the end.
-        Err(Errno::ENXIO) => return Ok((size, size)),
-        // Neither devices nor every file system know holes.
-        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok((at, size)),
-        Err(e) => return Err(e),
-    };
-    if start == size {
-        return Ok((size, size));
+fn removed(result: Result<()>) -> Result<Removed> {
+    match result {
+        Ok(()) => Ok(Removed::File),
+        Err(e) if e.is_not_found() => Ok(Removed::Nothing),
+        Err(e) => Err(e),
     }
-    let end = seek(start, Whence::SeekHole)?.min(size);
-    // A file that shrinks under us must not make the caller go round for ever.
-    if end <= start { Err(Errno::EIO) } else { Ok((start, end)) }
 }
 
 fn failed(op: &'static str, path: &Path, errno: Errno) -> Error {
