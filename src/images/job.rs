@@ -1,15 +1,11 @@
 //! The two jobs of an image: its arrival, and reading it back from the medium.
 //!
-//! Owns the order of steps around prep: record says *in progress*, bytes arrive and are verified, the file gets its
-//! name, the record says *ready*; and what a failure leaves behind. A job ends by [`Service::ended`], whatever happens
-//! in it. Upholds the service's part of invariants 5 and 9.
+//! Owns who runs a job when, and what it fetches from where; the order of its steps on disk is that of `steps.rs`. A job
+//! ends by [`Service::ended`], whatever happens in it.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use bedplate_engine::{
-    error::Error as Storage,
-    image::{Format, qcow2::View},
-};
+use bedplate_engine::image::{Format, qcow2::View};
 use uuid::Uuid;
 
 use super::{
@@ -18,13 +14,14 @@ use super::{
     origin::From as Origin,
     served::served_size,
     service::{Ready, Service},
+    steps::{Fetched, NAMES, Steps, end_arrival, end_verification, failure_record},
     table::{Job, JobKind},
 };
 use crate::{
     catalog::{
-        record::{FailureCode, FailureRecord, IMAGE_SIZE_MAX, ImageRecord, Parts, Published, RecordState},
+        record::{IMAGE_SIZE_MAX, ImageRecord, Parts, Published, RecordState},
         sources::SourceFile,
-        store::{IMAGE, ImageDir, PARTIAL_DATA, PARTIAL_RECORD, stamp},
+        store::{IMAGE, ImageDir, stamp},
     },
     directory::Open,
     prep::{
@@ -32,17 +29,13 @@ use crate::{
         checksum::Expected,
         clone::{Original, clone},
         failure::{Failure, Result},
-        partial::PartialNames,
         pipeline::Hands,
-        progress::{Meter, Phase},
+        progress::Meter,
         source::{device::DeviceSource, file::FileSource, http::HttpSource, upload::LostUpload},
         stop::Stop,
         verify::verify,
     },
 };
-
-/// The names of what is kept of an arrival.
-pub(super) const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
 
 /// What a job does.
 pub(super) enum Work {
@@ -108,56 +101,37 @@ impl Service {
 
     fn arrival(
         self: &Arc<Self>,
-        mut record: ImageRecord,
+        record: ImageRecord,
         dir: &ImageDir,
         origin: Origin,
         job: &Job,
     ) -> Result<Published> {
-        if dir.has_image()? {
-            // Published by a run that did not live to record it. Its hash is kept, so this costs nothing.
-            dir.unpublish_file()?;
-        }
-        record.state = RecordState::InProgress;
-        self.record(&record, dir)?;
-        let expected = match &record.expected {
-            Some(text) => Some(Expected::parse(text).map_err(Failure::Unsupported)?),
-            None => None,
-        };
-        let source = origin.for_people();
-        let uploaded = matches!(origin, Origin::Upload(_));
-        let spec = Spec {
-            dir: dir.directory()?,
-            names: NAMES,
-            source: source.clone(),
-            // A guest may have written any header into its disk.
-            format: matches!(origin, Origin::Volume { .. }).then_some(Format::Raw),
-            expected,
-            size_max: IMAGE_SIZE_MAX,
-            reserve: self.settings.reserve,
-            hands: Hands::Threads,
-            piece_len: PIECE_LEN,
-            sync_bytes: self.settings.sync_bytes,
-            sync_interval: self.settings.sync_interval,
-            meter: job.meter.clone(),
-            stop: job.stop.clone(),
-        };
-        let (arrived, sources) = self.fetch(spec, origin, &mut record)?;
-        let virtual_size = served_size(&arrived, &record.view(), Path::new(&source), &job.stop);
-        let virtual_size_bytes =
-            if uploaded { virtual_size.map_err(Failure::of_whole_upload) } else { virtual_size }?;
-        job.meter.enter(Phase::Publishing);
-        job.stop.check()?;
-        let stamp = dir.publish_file(&arrived.file)?;
-        if stamp.size_bytes != arrived.size_bytes {
-            let (is, was) = (stamp.size_bytes, arrived.size_bytes);
-            return Err(Failure::Corrupt(format!("the file has {is} bytes after {was} had arrived")));
-        }
-        let Arrived { format, sums, .. } = arrived;
-        let published = Published { format, virtual_size_bytes, sha512: sums.sha512, stamp, sources };
-        record.state = RecordState::Ready(published.clone());
-        self.record(&record, dir)?;
-        dir.discard_partial()?;
-        Ok(published)
+        let steps = Steps { dir, meter: &job.meter, stop: &job.stop, recorded: &|record| self.know(record) };
+        steps.arrive(record, |record, expected| {
+            let source = origin.for_people();
+            let uploaded = matches!(origin, Origin::Upload(_));
+            let spec = Spec {
+                dir: dir.directory()?,
+                names: NAMES,
+                source: source.clone(),
+                // A guest may have written any header into its disk.
+                format: matches!(origin, Origin::Volume { .. }).then_some(Format::Raw),
+                expected,
+                size_max: IMAGE_SIZE_MAX,
+                reserve: self.settings.reserve,
+                hands: Hands::Threads,
+                piece_len: PIECE_LEN,
+                sync_bytes: self.settings.sync_bytes,
+                sync_interval: self.settings.sync_interval,
+                meter: job.meter.clone(),
+                stop: job.stop.clone(),
+            };
+            let (arrived, sources) = self.fetch(spec, origin, record)?;
+            let virtual_size = served_size(&arrived, &record.view(), Path::new(&source), &job.stop);
+            let virtual_size_bytes =
+                if uploaded { virtual_size.map_err(Failure::of_whole_upload) } else { virtual_size }?;
+            Ok(Fetched { arrived, virtual_size_bytes, sources })
+        })
     }
 
     /// The bytes, and the files that they were joined from, if they were.
@@ -222,48 +196,24 @@ impl Service {
     /// Enter the end of a job.
     fn ended(self: &Arc<Self>, uuid: Uuid, job: &Job, outcome: Result<Published>) {
         let Ok((mut record, dir)) = self.look_up(uuid) else { return };
-        let before = record.state.clone();
-        let discard = outcome.as_ref().err().is_some_and(|failure| !failure.keeps_partial());
-        let mut doubt = None;
-        let verification = match (job.kind, &outcome) {
-            (JobKind::Arrival, _) => None,
-            (JobKind::Verification, Ok(_)) => Some(Verification::Passed),
-            (JobKind::Verification, Err(failure)) => Some(Verification::Failed(failure_record(failure))),
-        };
-        match (outcome, job.kind) {
-            (Ok(published), kind) => {
-                let size_bytes = published.stamp.size_bytes;
-                tracing::info!(image = %record.name, ?kind, size_bytes, sha512 = published.sha512, "ready");
-                record.state = RecordState::Ready(published);
+        let (mut doubt, mut verification) = (None, None);
+        match job.kind {
+            JobKind::Arrival => end_arrival(&mut record, &dir, outcome),
+            JobKind::Verification => {
+                if let Err(failure @ (Failure::Stopped | Failure::Cancelled | Failure::TimedOut(_))) =
+                    &outcome
+                {
+                    // It says nothing about the bytes: what was in doubt stays so, what was not, is not.
+                    doubt = self
+                        .doubt_of(uuid)
+                        .map(|_| format!("its verification ended early: {failure}; verify it again"));
+                }
+                verification = Some(match &outcome {
+                    Ok(_) => Verification::Passed,
+                    Err(failure) => Verification::Failed(failure_record(failure)),
+                });
+                end_verification(&mut record, &dir, outcome);
             }
-            // It goes on at the next start.
-            (Err(Failure::Stopped), JobKind::Arrival) => {}
-            (
-                Err(failure @ (Failure::Stopped | Failure::Cancelled | Failure::TimedOut(_))),
-                JobKind::Verification,
-            ) => {
-                // It says nothing about the bytes: what was in doubt stays so, what was not, is not.
-                doubt = self
-                    .doubt_of(uuid)
-                    .map(|_| format!("its verification ended early: {failure}; verify it again"));
-            }
-            (Err(failure), kind) => {
-                let published = record.published().cloned().filter(|_| kind == JobKind::Verification);
-                tracing::warn!(image = %record.name, %failure, "the job failed");
-                record.state = RecordState::Failed { failure: failure_record(&failure), published };
-            }
-        }
-        // The record first: a crash in between leaves bytes that the next start clears away.
-        if record.state != before
-            && let Err(error) = self.record(&record, &dir)
-        {
-            tracing::error!(image = %record.name, %error, "the end of the job is not recorded");
-        }
-        if discard
-            && job.kind == JobKind::Arrival
-            && let Err(error) = dir.discard_partial()
-        {
-            tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
         }
         let allocated_bytes = matches!(record.state, RecordState::Ready(_)).then(|| dir.allocated_bytes());
         let mut table = self.lock();
@@ -302,25 +252,4 @@ fn verification(record: &ImageRecord, dir: &ImageDir, job: &Job) -> Result<Publi
         return Err(Failure::Corrupt(format!("{} changed while it was verified", path.display())));
     }
     Ok(Published { stamp: before, ..published })
-}
-
-fn failure_record(failure: &Failure) -> FailureRecord {
-    FailureRecord { code: failure_code(failure), message: failure.to_string() }
-}
-
-fn failure_code(failure: &Failure) -> FailureCode {
-    match failure {
-        Failure::Checksum { .. } => FailureCode::Checksum,
-        Failure::Corrupt(_) | Failure::Storage(Storage::Corrupt { .. }) => FailureCode::Corrupt,
-        Failure::NoSpace { .. }
-        | Failure::NoSpaceForUnknown { .. }
-        | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
-        Failure::Unsupported(_) | Failure::Storage(Storage::Unsupported { .. }) => FailureCode::Unsupported,
-        // A stopped job is not recorded as failed.
-        Failure::Source(_) | Failure::Changed(_) | Failure::Stopped => FailureCode::Source,
-        Failure::TimedOut(_) => FailureCode::TimedOut,
-        Failure::Cancelled => FailureCode::Cancelled,
-        Failure::Storage(_) => FailureCode::Storage,
-        Failure::Upload(reason) => failure_code(reason),
-    }
 }

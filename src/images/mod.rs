@@ -11,6 +11,7 @@ mod origin;
 mod remove;
 mod served;
 mod service;
+pub mod steps;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -39,7 +40,6 @@ use crate::{
     directory::Open,
     prep::{
         checksum::Expected,
-        partial::Kept,
         source::upload::{Parts as UploadParts, UploadSource},
     },
 };
@@ -58,10 +58,11 @@ pub use bedplate_engine::image::Format;
 pub use info::{
     BaseCache, CopyInfo, CreateImage, Error, Host, ImageInfo, ImageState, Result, Settings, Verification,
 };
-use job::{NAMES, Work};
+use job::Work;
 use origin::From as Origin;
 pub use remove::{ImageHold, RELEASE_WITHIN};
 use service::{Ready, Service};
+use steps::begin_again;
 use table::{Described, Entry, Image, JobKind};
 pub use table::{IMAGES_MAX, JOBS_MAX, UPLOADS_MAX};
 
@@ -115,9 +116,7 @@ impl Images {
         };
         let (dir, store) = match failed {
             Some((_, dir, store)) => {
-                // What is kept may be old; whoever asks now wants what the source has now.
-                Kept::demand_proof(&*dir.directory()?, NAMES)?;
-                dir.write_record(&record)?;
+                begin_again(&record, &dir)?;
                 (dir, store)
             }
             None => {

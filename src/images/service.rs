@@ -26,17 +26,18 @@ use uuid::Uuid;
 
 use super::{
     info::{BaseCache, Error, Host, Result, Settings},
-    job::{NAMES, Work},
-    origin::{From as Origin, UPLOAD},
+    job::Work,
+    origin::From as Origin,
+    steps::{Left, end_arrival, take_up},
     table::{Entry, Image, Table},
 };
 use crate::{
     catalog::{
-        record::{FailureCode, FailureRecord, ImageRecord, Published, RecordState},
+        record::{ImageRecord, Published, RecordState},
         store::{DiskDir, Found, ImageDir, ImageStore, stamp},
     },
     directory::{Open, allocated},
-    prep::partial::Kept,
+    prep::failure::Failure,
 };
 
 /// Threads that ask for what is read ahead of readers that must not wait.
@@ -116,36 +117,23 @@ impl Service {
             .collect();
         for (name, uuid) in known {
             let Ok((record, dir)) = self.look_up(uuid) else { continue };
-            match &record.state {
-                RecordState::Pending | RecordState::InProgress => match Origin::parse(&record.source) {
+            match (take_up(&record, &dir), record.published()) {
+                (Left::Unfinished, _) => match Origin::parse(&record.source) {
                     Ok(origin) => {
                         tracing::info!(image = name, "its arrival goes on");
                         self.start(uuid, Work::Arrival(origin));
                     }
                     Err(reason) => self.give_up(uuid, &reason),
                 },
-                RecordState::Ready(published) => {
-                    match look(&dir, published) {
-                        Ok(allocated_bytes) => {
-                            if let Some(image) = self.lock().by_uuid(uuid) {
-                                image.allocated_bytes = Some(allocated_bytes);
-                            }
+                (Left::Ready, Some(published)) => match look(&dir, published) {
+                    Ok(allocated_bytes) => {
+                        if let Some(image) = self.lock().by_uuid(uuid) {
+                            image.allocated_bytes = Some(allocated_bytes);
                         }
-                        Err(reason) => self.doubt(&name, &reason),
                     }
-                    clear(&name, &dir);
-                }
-                RecordState::Failed { published: None, .. } if record.source == UPLOAD => clear(&name, &dir),
-                RecordState::Failed { failure, .. } => match failure.code {
-                    FailureCode::Checksum
-                    | FailureCode::Corrupt
-                    | FailureCode::Unsupported
-                    | FailureCode::Cancelled => clear(&name, &dir),
-                    // Of a source that never said how much there is, nothing is kept: see `Failure::keeps_partial`.
-                    FailureCode::NoSpace if knows_its_length(&dir) => {}
-                    FailureCode::NoSpace => clear(&name, &dir),
-                    FailureCode::Source | FailureCode::TimedOut | FailureCode::Storage => {}
+                    Err(reason) => self.doubt(&name, &reason),
                 },
+                (Left::Ready | Left::Failed, _) => {}
             }
         }
     }
@@ -163,19 +151,17 @@ impl Service {
     }
 
     /// The record and directory of an image.
-    pub fn look_up(&self, uuid: Uuid) -> Result<(ImageRecord, ImageDir), crate::prep::failure::Failure> {
+    pub fn look_up(&self, uuid: Uuid) -> Result<(ImageRecord, ImageDir), Failure> {
         let mut table = self.lock();
-        let image = table.by_uuid(uuid).ok_or(crate::prep::failure::Failure::Cancelled)?;
+        let image = table.by_uuid(uuid).ok_or(Failure::Cancelled)?;
         Ok((image.record.clone(), image.dir.clone()))
     }
 
-    /// Change a record, on disk and then in the table.
-    pub fn record(&self, record: &ImageRecord, dir: &ImageDir) -> Result<(), bedplate_engine::error::Error> {
-        dir.write_record(record)?;
+    /// Enter a record in the table.
+    pub fn know(&self, record: &ImageRecord) {
         if let Some(image) = self.lock().by_uuid(record.uuid) {
             image.record = record.clone();
         }
-        Ok(())
     }
 
     /// Open the file of a ready image, if it is as it was verified. If not, it is verified again.
@@ -271,11 +257,8 @@ impl Service {
     /// An arrival that cannot go on.
     fn give_up(&self, uuid: Uuid, reason: &str) {
         let Ok((mut record, dir)) = self.look_up(uuid) else { return };
-        let failure = FailureRecord { code: FailureCode::Source, message: reason.to_owned() };
-        record.state = RecordState::Failed { failure, published: None };
-        if let Err(error) = self.record(&record, &dir) {
-            tracing::error!(image = %record.name, %error, "a failure is not recorded");
-        }
+        end_arrival(&mut record, &dir, Err(Failure::Source(reason.to_owned())));
+        self.know(&record);
     }
 }
 
@@ -304,18 +287,6 @@ fn look(dir: &ImageDir, published: &Published) -> Result<u64, String> {
 /// Whether that is what a file system without `O_DIRECT` says.
 fn is_not_supported(error: &bedplate_engine::error::Error) -> bool {
     matches!(error, bedplate_engine::error::Error::Io { source, .. } if source.raw_os_error() == Some(Errno::EINVAL as i32))
-}
-
-/// Whether what is kept of an arrival is of a source that said how long it is.
-fn knows_its_length(dir: &ImageDir) -> bool {
-    let kept = dir.directory().ok().and_then(|directory| Kept::load(&directory, NAMES));
-    kept.is_some_and(|kept| kept.total.is_some())
-}
-
-fn clear(name: &str, dir: &ImageDir) {
-    if let Err(error) = dir.discard_partial() {
-        tracing::warn!(image = name, %error, "what an arrival left behind is not cleared away");
-    }
 }
 
 fn enter(table: &mut Table, store: &ImageStore, found: Found) {

@@ -20,7 +20,7 @@ use crate::{
     prep::{
         checksum::Hasher,
         failure::Failure,
-        partial::{PartialNames, Proof},
+        partial::{Kept, PartialNames, Proof},
         progress::Meter,
         source::Validator,
         stop::Stop,

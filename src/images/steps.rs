@@ -1,0 +1,214 @@
+//! The steps of an image's life on its disk, without threads, runtime or network around them.
+//!
+//! Owns their order: the record says *in progress*, bytes arrive and are verified, the file gets its name, the record
+//! says *ready*; what a failure leaves behind; what a start makes of what it finds. Upholds the service's part of
+//! invariants 5, 9 and 12. The service carries them out for its jobs, and the crash lab on its simulated machine.
+
+use bedplate_engine::error::{Error as Storage, Result as StorageResult};
+
+use crate::{
+    catalog::{
+        record::{FailureCode, FailureRecord, ImageRecord, Published, RecordState},
+        sources::SourceFile,
+        store::{ImageDir, PARTIAL_DATA, PARTIAL_RECORD},
+    },
+    images::origin::UPLOAD,
+    prep::{
+        arrival::Arrived,
+        checksum::Expected,
+        failure::{Failure, Result},
+        partial::{Kept, PartialNames},
+        progress::{Meter, Phase},
+        stop::Stop,
+    },
+};
+
+/// The names of what is kept of an arrival.
+pub const NAMES: PartialNames = PartialNames { data: PARTIAL_DATA, record: PARTIAL_RECORD };
+
+/// What an arrival is carried out with.
+pub struct Steps<'a> {
+    pub dir: &'a ImageDir,
+    pub meter: &'a Meter,
+    pub stop: &'a Stop,
+    /// Told of each record once it is durable.
+    pub recorded: &'a dyn Fn(&ImageRecord),
+}
+
+/// What has arrived, verified and durable.
+#[derive(Debug)]
+pub struct Fetched {
+    pub arrived: Arrived,
+    /// Of the device over it.
+    pub virtual_size_bytes: u64,
+    /// The files that it was joined from, if it was.
+    pub sources: Vec<SourceFile>,
+}
+
+impl Steps<'_> {
+    /// Carry out an arrival, or go on with it. `fetch` brings the bytes, and is told which checksum is expected; it may
+    /// say more precisely in the record what they are.
+    pub fn arrive(
+        &self,
+        mut record: ImageRecord,
+        fetch: impl FnOnce(&mut ImageRecord, Option<Expected>) -> Result<Fetched>,
+    ) -> Result<Published> {
+        if self.dir.has_image()? {
+            // Published by a run that did not live to record it. Its hash is kept, so this costs nothing.
+            self.dir.unpublish_file()?;
+        }
+        record.state = RecordState::InProgress;
+        self.record(&record)?;
+        let expected = match &record.expected {
+            Some(text) => Some(Expected::parse(text).map_err(Failure::Unsupported)?),
+            None => None,
+        };
+        let Fetched { arrived, virtual_size_bytes, sources } = fetch(&mut record, expected)?;
+        self.meter.enter(Phase::Publishing);
+        self.stop.check()?;
+        let stamp = self.dir.publish_file(&arrived.file)?;
+        if stamp.size_bytes != arrived.size_bytes {
+            let (is, was) = (stamp.size_bytes, arrived.size_bytes);
+            return Err(Failure::Corrupt(format!("the file has {is} bytes after {was} had arrived")));
+        }
+        let Arrived { format, sums, .. } = arrived;
+        let published = Published { format, virtual_size_bytes, sha512: sums.sha512, stamp, sources };
+        record.state = RecordState::Ready(published.clone());
+        self.record(&record)?;
+        self.dir.discard_partial()?;
+        Ok(published)
+    }
+
+    fn record(&self, record: &ImageRecord) -> StorageResult<()> {
+        self.dir.write_record(record)?;
+        (self.recorded)(record);
+        Ok(())
+    }
+}
+
+/// Enter the end of an arrival: its reason, if it failed, and nothing that is of no more use.
+pub fn end_arrival(record: &mut ImageRecord, dir: &ImageDir, outcome: Result<Published>) {
+    let discard = outcome.as_ref().err().is_some_and(|failure| !failure.keeps_partial());
+    match outcome {
+        Ok(published) => ready(record, dir, published),
+        // It goes on at the next start.
+        Err(Failure::Stopped) => {}
+        Err(failure) => failed(record, dir, &failure, None),
+    }
+    if discard && let Err(error) = dir.discard_partial() {
+        tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
+    }
+}
+
+/// Enter the end of a verification.
+pub fn end_verification(record: &mut ImageRecord, dir: &ImageDir, outcome: Result<Published>) {
+    match outcome {
+        Ok(published) => ready(record, dir, published),
+        // These say nothing about the bytes.
+        Err(Failure::Stopped | Failure::Cancelled | Failure::TimedOut(_)) => {}
+        Err(failure) => {
+            let published = record.published().cloned();
+            failed(record, dir, &failure, published);
+        }
+    }
+}
+
+fn ready(record: &mut ImageRecord, dir: &ImageDir, published: Published) {
+    let (size_bytes, sha512) = (published.stamp.size_bytes, &published.sha512);
+    tracing::info!(image = %record.name, size_bytes, sha512, "ready");
+    change(record, dir, RecordState::Ready(published));
+}
+
+fn failed(record: &mut ImageRecord, dir: &ImageDir, failure: &Failure, published: Option<Published>) {
+    tracing::warn!(image = %record.name, %failure, "the job failed");
+    change(record, dir, RecordState::Failed { failure: failure_record(failure), published });
+}
+
+/// The record first: a crash before the rest leaves bytes that the next start clears away.
+fn change(record: &mut ImageRecord, dir: &ImageDir, state: RecordState) {
+    if record.state == state {
+        return;
+    }
+    record.state = state;
+    if let Err(error) = dir.write_record(record) {
+        tracing::error!(image = %record.name, %error, "the end of the job is not recorded");
+    }
+}
+
+/// Make an image that failed pending again. What is kept of it may be old, and whoever asks now wants what the source has
+/// now.
+pub fn begin_again(record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
+    Kept::demand_proof(&*dir.directory()?, NAMES)?;
+    dir.write_record(record)
+}
+
+/// What a start has to do with an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Its arrival goes on.
+    Unfinished,
+    /// It is served, if its file is as it was.
+    Ready,
+    Failed,
+}
+
+/// Take up an image as a start finds it: what failures left and nobody can use is cleared away.
+pub fn take_up(record: &ImageRecord, dir: &ImageDir) -> Left {
+    let left = match &record.state {
+        RecordState::Pending | RecordState::InProgress => return Left::Unfinished,
+        RecordState::Ready(_) => Left::Ready,
+        RecordState::Failed { .. } => Left::Failed,
+    };
+    if !is_of_use(record, dir)
+        && let Err(error) = dir.discard_partial()
+    {
+        tracing::warn!(image = %record.name, %error, "what an arrival left behind is not cleared away");
+    }
+    left
+}
+
+/// Whether another try could go on with what is kept.
+fn is_of_use(record: &ImageRecord, dir: &ImageDir) -> bool {
+    match &record.state {
+        RecordState::Pending | RecordState::InProgress => true,
+        RecordState::Ready(_) => false,
+        RecordState::Failed { published: None, .. } if record.source == UPLOAD => false,
+        RecordState::Failed { failure, .. } => match failure.code {
+            FailureCode::Checksum
+            | FailureCode::Corrupt
+            | FailureCode::Unsupported
+            | FailureCode::Cancelled => false,
+            // Of a source that never said how much there is, nothing is kept: see `Failure::keeps_partial`.
+            FailureCode::NoSpace => knows_its_length(dir),
+            FailureCode::Source | FailureCode::TimedOut | FailureCode::Storage => true,
+        },
+    }
+}
+
+/// Whether what is kept of an arrival is of a source that said how long it is.
+fn knows_its_length(dir: &ImageDir) -> bool {
+    let kept = dir.directory().ok().and_then(|directory| Kept::load(&directory, NAMES));
+    kept.is_some_and(|kept| kept.total.is_some())
+}
+
+/// Why an image failed, as its record says it.
+pub fn failure_record(failure: &Failure) -> FailureRecord {
+    FailureRecord { code: failure_code(failure), message: failure.to_string() }
+}
+
+fn failure_code(failure: &Failure) -> FailureCode {
+    match failure {
+        Failure::Checksum { .. } => FailureCode::Checksum,
+        Failure::Corrupt(_) | Failure::Storage(Storage::Corrupt { .. }) => FailureCode::Corrupt,
+        Failure::NoSpace { .. }
+        | Failure::NoSpaceForUnknown { .. }
+        | Failure::Storage(Storage::NoSpace { .. }) => FailureCode::NoSpace,
+        Failure::Unsupported(_) | Failure::Storage(Storage::Unsupported { .. }) => FailureCode::Unsupported,
+        // A stopped job is not recorded as failed.
+        Failure::Source(_) | Failure::Changed(_) | Failure::Stopped => FailureCode::Source,
+        Failure::TimedOut(_) => FailureCode::TimedOut,
+        Failure::Cancelled => FailureCode::Cancelled,
+        Failure::Storage(_) => FailureCode::Storage,
+        Failure::Upload(reason) => failure_code(reason),
+    }
+}
