@@ -124,7 +124,8 @@ impl FileNode {
 
     pub(super) fn set_len(&mut self, len: u64) {
         if len < self.shown.len {
-            self.punch(ByteRange::new(len, self.shown.len - len));
+            // The last sector goes as a whole.
+            self.punch(ByteRange::new(len, self.shown.len.next_multiple_of(SECTOR_SIZE) - len));
         }
         self.shown.len = len;
         self.unsynced_lens.push(len);
