@@ -29,6 +29,8 @@ const DELETED: &str = "deleted.json";
 pub const PARTIAL_DATA: &str = "partial.data";
 /// What is known about the arriving file.
 pub const PARTIAL_RECORD: &str = "partial.json";
+/// What an image that is ready has no use for.
+const LEFTOVERS: [&str; 4] = [PARTIAL_RECORD, PARTIAL_DATA, "image.json.new", "partial.json.new"];
 /// Everything that this program ever puts into an image's directory.
 const OURS: [&str; 7] =
     [IMAGE, RECORD, DELETED, PARTIAL_DATA, PARTIAL_RECORD, "image.json.new", "partial.json.new"];
@@ -140,7 +142,11 @@ impl ImageStore {
 
     /// Remove an image: its record first, then everything.
     pub fn delete(&self, image: &ImageDir) -> Result<()> {
-        let dir = image.directory()?;
+        let dir = match image.directory() {
+            // An earlier try came to its last step.
+            Err(e) if e.is_not_found() => return self.images.sync(),
+            opened => opened?,
+        };
         if dir.exists(RECORD)? {
             dir.rename(RECORD, DELETED)?;
             dir.sync()?;
@@ -175,7 +181,8 @@ impl ImageStore {
         for file in OURS.iter().filter(|file| **file != DELETED) {
             dir.remove_file(file)?;
         }
-        // Last, as it vouches for the removal of the others.
+        // Last, and not before the others are gone for certain: it vouches for their removal.
+        dir.sync()?;
         dir.remove_file(DELETED)?;
         self.images.remove_dir(name)?;
         self.images.sync()
@@ -237,14 +244,27 @@ impl ImageDir {
         dir.sync()
     }
 
-    /// Remove what is left of an arrival.
+    /// Remove what is left of an arrival, and of records that a crash or a full disk kept from their names.
     pub fn discard_partial(&self) -> Result<()> {
+        self.discard(&LEFTOVERS)
+    }
+
+    /// The same of an image that was never ready: nothing stays but its record.
+    pub fn discard_unpublished(&self) -> Result<()> {
+        self.discard(&[&[IMAGE], &LEFTOVERS[..]].concat())
+    }
+
+    fn discard(&self, names: &[&str]) -> Result<()> {
         let dir = self.directory()?;
-        let record = dir.remove_file(PARTIAL_RECORD)?;
-        let data = dir.remove_file(PARTIAL_DATA)?;
-        match (record, data) {
-            (Removed::Nothing, Removed::Nothing) => Ok(()),
-            (Removed::File, _) | (_, Removed::File) => dir.sync(),
+        let mut removed = Removed::Nothing;
+        for name in names {
+            if dir.remove_file(name)? == Removed::File {
+                removed = Removed::File;
+            }
+        }
+        match removed {
+            Removed::Nothing => Ok(()),
+            Removed::File => dir.sync(),
         }
     }
 
@@ -265,7 +285,16 @@ pub fn stamp(file: &File, path: &Path) -> Result<Stamp> {
 
 #[cfg(test)]
 mod tests {
+    use bedplate_engine::{
+        exec::storage::{
+            Open as StorageOpen, Storage,
+            memory::{CallKind, Effect, Fault, MemoryStorage},
+        },
+        image::Format,
+    };
+
     use super::*;
+    use crate::catalog::record::{Published, RecordState};
 
     #[test]
     fn what_is_taken_back_can_be_written_by_whoever_owns_it() {
@@ -279,5 +308,109 @@ mod tests {
         assert_eq!(mode(), 0o444);
         image.unpublish_file().unwrap();
         assert_eq!(mode(), 0o600);
+    }
+
+    fn store_over(storage: &Arc<MemoryStorage>) -> ImageStore {
+        let root = Arc::new(Directory::simulated(storage.clone()));
+        ImageStore::open(DiskDir::of(Uuid::nil(), root)).unwrap()
+    }
+
+    /// A store with one image that is ready, and where that image lies.
+    fn store_with_an_image(storage: &Arc<MemoryStorage>) -> (ImageStore, ImageDir, String) {
+        let store = store_over(storage);
+        let mut record = ImageRecord {
+            name: crate::catalog::name::ImageName::parse("a").unwrap(),
+            uuid: Uuid::from_u128(1 << 96),
+            created_at: jiff::Timestamp::UNIX_EPOCH,
+            source: "/a".to_owned(),
+            expected: None,
+            deadline_s: None,
+            internal_snapshot: None,
+            parts: Default::default(),
+            state: RecordState::Pending,
+        };
+        let dir = store.create(&record).unwrap();
+        let file = dir.directory().unwrap().open_file(PARTIAL_DATA, Open::CreateWrite).unwrap();
+        file.write_all_at(&[7; 512], 0).unwrap();
+        let stamp = dir.publish_file(&file).unwrap();
+        let sha512 = "0".repeat(128);
+        record.state = RecordState::Ready(Published {
+            format: Format::Raw,
+            virtual_size_bytes: 512,
+            sha512,
+            stamp,
+            sources: Vec::new(),
+        });
+        dir.write_record(&record).unwrap();
+        let path = format!("images/{}", record.directory_name());
+        (store, dir, path)
+    }
+
+    /// Every subset of what a power cut may lose.
+    fn outcomes(medium: &MemoryStorage) -> Vec<MemoryStorage> {
+        let effects: Vec<Effect> = medium.unsynced().into_iter().map(|(effect, _)| effect).collect();
+        let kept = |subset: usize, effect: Effect| {
+            let n = effects.iter().position(|other| *other == effect).unwrap();
+            subset >> n & 1 == 1
+        };
+        let after = |subset| medium.crash(|effect, n| if kept(subset, effect) { n - 1 } else { 0 });
+        (0..1 << effects.len()).map(after).collect()
+    }
+
+    #[test]
+    fn a_power_cut_in_a_deletion_leaves_the_image_or_nothing_that_stops_a_start() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let (store, dir, path) = store_with_an_image(&storage);
+        storage.record_cuts();
+        store.delete(&dir).unwrap();
+        let (mut whole, mut gone) = (0, 0);
+        for medium in storage.take_cuts().iter().flat_map(outcomes).map(Arc::new) {
+            match store_over(&medium).scan().unwrap().as_slice() {
+                [] => {
+                    assert!(medium.list(IMAGES).unwrap().is_empty());
+                    gone += 1;
+                }
+                [Found::Image(record, _)] => {
+                    assert!(matches!(record.state, RecordState::Ready(_)));
+                    assert_eq!(medium.bytes(&format!("{path}/{IMAGE}")).unwrap(), [7; 512]);
+                    whole += 1;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(whole > 0 && gone > 0);
+    }
+
+    #[test]
+    fn a_deletion_that_failed_at_its_last_step_can_be_tried_again() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let (store, dir, _) = store_with_an_image(&storage);
+        storage.set_faults(|call| {
+            let last = call.kind == CallKind::SyncDir && call.path == IMAGES;
+            last.then_some(Fault::Error(std::io::ErrorKind::Other))
+        });
+        assert!(store.delete(&dir).is_err());
+        storage.clear_faults();
+        store.delete(&dir).unwrap();
+        assert!(store.scan().unwrap().is_empty());
+    }
+
+    #[test]
+    fn nothing_is_left_of_an_arrival_and_a_verified_file_stays() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let (_, dir, path) = store_with_an_image(&storage);
+        let names = || {
+            let list = storage.list(&path).unwrap();
+            let mut names: Vec<String> = list.into_iter().map(|(name, _)| name).collect();
+            names.sort();
+            names
+        };
+        for name in ["partial.data", "partial.json", "partial.json.new", "image.json.new"] {
+            drop(storage.open(&format!("{path}/{name}"), StorageOpen::Create).unwrap());
+        }
+        dir.discard_partial().unwrap();
+        assert_eq!(names(), [IMAGE, RECORD]);
+        dir.discard_unpublished().unwrap();
+        assert_eq!(names(), [RECORD]);
     }
 }

@@ -12,7 +12,7 @@ use std::{
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{Error, ImageInfo, Images, Result};
+use super::{Error, ImageInfo, Images, Result, steps::discard};
 use crate::catalog::record::RecordState;
 
 /// The longest that a deletion waits for the image's job to end.
@@ -78,18 +78,20 @@ impl Images {
     fn clear_failed(&self, name: &str) -> Result<()> {
         // Nobody creates it again, and goes on with what is kept, while that is cleared away.
         let _naming = self.0.naming.lock().unwrap_or_else(PoisonError::into_inner);
-        let dir = {
+        let (record, dir) = {
             let table = self.0.lock();
             let (name, image) = table.image(name)?;
             match &image.record.state {
-                RecordState::Failed { .. } if image.job.is_none() && !image.deleting => image.dir.clone(),
+                RecordState::Failed { .. } if image.job.is_none() && !image.deleting => {
+                    (image.record.clone(), image.dir.clone())
+                }
                 RecordState::Failed { .. }
                 | RecordState::Pending
                 | RecordState::InProgress
                 | RecordState::Ready(_) => return Err(Error::NotRunning(name.to_owned())),
             }
         };
-        Ok(dir.discard_partial()?)
+        Ok(discard(&record, &dir)?)
     }
 
     /// Keep an image from being deleted. `who` is named in refusals.

@@ -75,7 +75,8 @@ impl Steps<'_> {
         let published = Published { format, virtual_size_bytes, sha512: sums.sha512, stamp, sources };
         record.state = RecordState::Ready(published.clone());
         self.record(&record)?;
-        self.dir.discard_partial()?;
+        // It is ready, whatever is left beside it: the next start clears that away.
+        clear(&record, self.dir);
         Ok(published)
     }
 
@@ -95,8 +96,8 @@ pub fn end_arrival(record: &mut ImageRecord, dir: &ImageDir, outcome: Result<Pub
         Err(Failure::Stopped) => {}
         Err(failure) => failed(record, dir, &failure, None),
     }
-    if discard && let Err(error) = dir.discard_partial() {
-        tracing::warn!(image = %record.name, %error, "what had arrived is not cleared away");
+    if discard {
+        clear(record, dir);
     }
 }
 
@@ -135,6 +136,14 @@ fn change(record: &mut ImageRecord, dir: &ImageDir, state: RecordState) {
     }
 }
 
+/// Clear away what is of no use beside the record, and beside the verified file if there ever was one.
+pub fn discard(record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
+    match record.published() {
+        Some(_) => dir.discard_partial(),
+        None => dir.discard_unpublished(),
+    }
+}
+
 /// Make an image that failed pending again. What is kept of it may be old, and whoever asks now wants what the source has
 /// now.
 pub fn begin_again(record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
@@ -159,12 +168,16 @@ pub fn take_up(record: &ImageRecord, dir: &ImageDir) -> Left {
         RecordState::Ready(_) => Left::Ready,
         RecordState::Failed { .. } => Left::Failed,
     };
-    if !is_of_use(record, dir)
-        && let Err(error) = dir.discard_partial()
-    {
-        tracing::warn!(image = %record.name, %error, "what an arrival left behind is not cleared away");
+    if !is_of_use(record, dir) {
+        clear(record, dir);
     }
     left
+}
+
+fn clear(record: &ImageRecord, dir: &ImageDir) {
+    if let Err(error) = discard(record, dir) {
+        tracing::warn!(image = %record.name, %error, "what an arrival left behind is not cleared away");
+    }
 }
 
 /// Whether another try could go on with what is kept.
@@ -210,5 +223,125 @@ fn failure_code(failure: &Failure) -> FailureCode {
         Failure::Cancelled => FailureCode::Cancelled,
         Failure::Storage(_) => FailureCode::Storage,
         Failure::Upload(reason) => failure_code(reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, sync::Arc, time::Duration};
+
+    use bedplate_engine::{
+        exec::storage::memory::{CallKind, Fault, MemoryStorage},
+        units::ByteLen,
+    };
+    use jiff::Timestamp;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{
+        catalog::{
+            name::ImageName,
+            store::{DiskDir, Found, ImageStore},
+        },
+        directory::Directory,
+        prep::{
+            arrival::{Arrival, Opening, PIECE_LEN, Spec, arrive},
+            pipeline::Hands,
+            room::Reserve,
+            source::{Source, Validator},
+        },
+    };
+
+    /// A source of one block.
+    struct Block;
+
+    impl Source for Block {
+        fn transfer(&mut self, arrival: &mut Arrival<'_>) -> Result<()> {
+            if arrival.position() == 0 {
+                let validator = Validator::Etag("\"a\"".to_owned());
+                arrival.begin(Opening { total: Some(4096), needed_bytes: None, validator })?;
+                arrival.bytes(&[1; 4096])?;
+            }
+            Ok(())
+        }
+    }
+
+    fn record() -> ImageRecord {
+        ImageRecord {
+            name: ImageName::parse("a").unwrap(),
+            uuid: Uuid::from_u128(1 << 96),
+            created_at: Timestamp::UNIX_EPOCH,
+            source: "/a".to_owned(),
+            expected: None,
+            deadline_s: None,
+            internal_snapshot: None,
+            parts: Default::default(),
+            state: RecordState::Pending,
+        }
+    }
+
+    fn store_over(storage: &Arc<MemoryStorage>) -> ImageStore {
+        let root = Arc::new(Directory::simulated(storage.clone()));
+        ImageStore::open(DiskDir::of(Uuid::nil(), root)).unwrap()
+    }
+
+    fn run(dir: &ImageDir) -> Result<Published> {
+        let (meter, stop) = (Arc::new(Meter::default()), Arc::new(Stop::after(Duration::from_secs(600))));
+        let steps = Steps { dir, meter: &meter, stop: &stop, recorded: &|_| {} };
+        let outcome = steps.arrive(record(), |_, expected| {
+            let spec = Spec {
+                dir: dir.directory()?,
+                names: NAMES,
+                source: "a".to_owned(),
+                format: None,
+                expected,
+                size_max: u64::MAX,
+                reserve: Reserve::Fixed(ByteLen(0)),
+                hands: Hands::Threads,
+                piece_len: PIECE_LEN,
+                sync_bytes: 4096,
+                sync_interval: Duration::from_secs(600),
+                meter: meter.clone(),
+                stop: stop.clone(),
+            };
+            let arrived = arrive(&spec, &mut Block)?;
+            Ok(Fetched { arrived, virtual_size_bytes: 4096, sources: Vec::new() })
+        });
+        let mut record = ImageRecord { state: RecordState::InProgress, ..record() };
+        end_arrival(&mut record, dir, outcome.clone());
+        outcome
+    }
+
+    #[test]
+    fn what_is_ready_stays_ready_when_what_lies_beside_it_cannot_be_removed() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let store = store_over(&storage);
+        let dir = store.create(&record()).unwrap();
+        // An arrival begins by forgetting what an earlier one kept.
+        let mut begun = false;
+        storage.set_faults(move |call| {
+            let removes = call.kind == CallKind::Remove && call.path.ends_with(PARTIAL_RECORD);
+            let fails = removes && std::mem::replace(&mut begun, true);
+            fails.then_some(Fault::Error(io::ErrorKind::Other))
+        });
+        run(&dir).unwrap();
+        storage.clear_faults();
+        let found = store.scan().unwrap();
+        let [Found::Image(record, dir)] = found.as_slice() else { panic!("{found:?}") };
+        assert!(matches!(record.state, RecordState::Ready(_)));
+        assert_eq!(take_up(record, dir), Left::Ready);
+        assert_eq!(dir.directory().unwrap().names().unwrap(), ["image", "image.json"]);
+    }
+
+    #[test]
+    fn what_failed_after_its_file_had_its_name_is_cleared_away_whole() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let dir = store_over(&storage).create(&record()).unwrap();
+        run(&dir).unwrap();
+        let failure = failure_record(&Failure::Cancelled);
+        let failed = ImageRecord { state: RecordState::Failed { failure, published: None }, ..record() };
+        dir.write_record(&failed).unwrap();
+        assert_eq!(take_up(&failed, &dir), Left::Failed);
+        assert_eq!(dir.directory().unwrap().names().unwrap(), ["image.json"]);
     }
 }
