@@ -3,7 +3,8 @@
 //! Each [`Bug`] has one switch, at the place in the shipped code where somebody could have made the mistake. Without the
 //! feature `planted` `is` is the constant `false`, so nothing of a switch is compiled; a build for release refuses the
 //! feature. A switch counts for one thread, so that tests of several bugs can run at the same time: what a disk's
-//! housekeepers and ring workers do is not planted.
+//! housekeepers and ring workers do is not planted. The last ones of the list are in the package `bedplate`, where images
+//! are prepared.
 
 #[cfg(all(feature = "planted", not(debug_assertions)))]
 compile_error!("planted bugs are for tests: this feature is never part of a release build");
@@ -47,6 +48,18 @@ pub enum Bug {
     FuaIgnored,
     /// A write to a part of a block that is *data* fills and rewrites the sectors around it (2).
     FillBeyondClient,
+    /// What is kept of an image's arrival is recorded before it is synced (5).
+    KeptBeforeData,
+    /// What is kept is recorded although its sync failed, so that the arrival goes on behind it (5).
+    KeptAfterFailedSync,
+    /// An image's record says ready before its file's name is durable (5).
+    ReadyBeforeName,
+    /// The checksum of an arrival that goes on is not compared with the expected one (5).
+    ResumedUnchecked,
+    /// An image's bytes are removed before its record (10).
+    BytesBeforeRecord,
+    /// Directories of images without a record are collected although another record cannot be read (10).
+    CollectedAllTheSame,
 }
 
 /// Kinds of changes that own blocks.
@@ -67,7 +80,7 @@ pub enum Kind {
 impl Bug {
     /// All of them. A pair of kinds is missing where nothing depends on its order: of two writes of whole blocks under
     /// way at once either may be the newer, sector by sector, and a volume has one merge or flatten at a time.
-    pub const ALL: [Bug; 28] = [
+    pub const ALL: [Bug; 34] = [
         Bug::NoSync,
         Bug::RecordBeforeData,
         Bug::ZeroMarkForgotten,
@@ -96,6 +109,12 @@ impl Bug {
         Bug::MapFromPageCache,
         Bug::FuaIgnored,
         Bug::FillBeyondClient,
+        Bug::KeptBeforeData,
+        Bug::KeptAfterFailedSync,
+        Bug::ReadyBeforeName,
+        Bug::ResumedUnchecked,
+        Bug::BytesBeforeRecord,
+        Bug::CollectedAllTheSame,
     ];
 }
 
@@ -108,14 +127,12 @@ impl std::fmt::Display for Bug {
 /// Whether this mistake is to be made.
 #[cfg(not(feature = "planted"))]
 #[inline]
-pub(crate) const fn is(_: Bug) -> bool {
+pub const fn is(_: Bug) -> bool {
     false
 }
 
 #[cfg(feature = "planted")]
-pub(crate) use switch::is;
-#[cfg(feature = "planted")]
-pub use switch::{Planted, plant};
+pub use switch::{Planted, is, plant};
 
 #[cfg(feature = "planted")]
 mod switch {
@@ -127,7 +144,8 @@ mod switch {
         static BUG: Cell<Option<Bug>> = const { Cell::new(None) };
     }
 
-    pub(crate) fn is(bug: Bug) -> bool {
+    /// Whether this thread is to make this mistake.
+    pub fn is(bug: Bug) -> bool {
         BUG.get() == Some(bug)
     }
 

@@ -12,7 +12,10 @@ use std::{
     sync::Arc,
 };
 
-use bedplate_engine::error::{Error, Result};
+use bedplate_engine::{
+    error::{Error, Result},
+    planted::{self, Bug},
+};
 use uuid::Uuid;
 
 use super::record::{ImageRecord, Stamp};
@@ -112,7 +115,8 @@ impl ImageStore {
                 Err(error) => found.push(Found::Unreadable { directory: name, path, error }),
             }
         }
-        if found.iter().any(|f| matches!(f, Found::Unreadable { .. })) {
+        let unreadable = found.iter().any(|f| matches!(f, Found::Unreadable { .. }));
+        if unreadable && !planted::is(Bug::CollectedAllTheSame) {
             if !litter.is_empty() {
                 tracing::warn!(disk = %self.disk.id, ?litter, "not collected: a record of this disk is unreadable");
             }
@@ -147,6 +151,9 @@ impl ImageStore {
             Err(e) if e.is_not_found() => return self.images.sync(),
             opened => opened?,
         };
+        if planted::is(Bug::BytesBeforeRecord) {
+            dir.remove_file(IMAGE)?;
+        }
         if dir.exists(RECORD)? {
             dir.rename(RECORD, DELETED)?;
             dir.sync()?;
@@ -226,7 +233,9 @@ impl ImageDir {
         file.sync_all()?;
         let dir = self.directory()?;
         dir.rename(PARTIAL_DATA, IMAGE)?;
-        dir.sync()?;
+        if !planted::is(Bug::ReadyBeforeName) {
+            dir.sync()?;
+        }
         match file.system() {
             Some(file) => stamp(file, &self.image_path()),
             // A simulated file has nothing else that tells.

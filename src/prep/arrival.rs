@@ -11,7 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bedplate_engine::{error::Error as Storage, image::Format};
+use bedplate_engine::{
+    error::Error as Storage,
+    image::Format,
+    planted::{self, Bug},
+};
 
 use super::{
     checksum::{Expected, Hasher, Sums},
@@ -97,6 +101,7 @@ struct Pass {
 pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
     let file = spec.dir.open_file(spec.names.data, Open::CreateWrite)?;
     let target = Target { file: &file, dir: &spec.dir, names: spec.names, reserve: spec.reserve };
+    let unchecked = planted::is(Bug::ResumedUnchecked) && Kept::load(&spec.dir, spec.names).is_some();
     let mut pass = run(spec, source, target)?;
     if pass.parts == Parts::Unproven && pass.hasher.clone().finish().check(spec.expected.as_ref()).is_err() {
         tracing::warn!(path = %file.path().display(), "the parts of an arrival do not fit; it is fetched once more as a whole");
@@ -109,7 +114,7 @@ pub fn arrive(spec: &Spec, source: &mut dyn Source) -> Result<Arrived> {
     }
     let midstate = hasher.midstate();
     let sums = hasher.finish();
-    sums.check(spec.expected.as_ref())?;
+    sums.check(spec.expected.as_ref().filter(|_| !unchecked))?;
 
     spec.meter.enter(Phase::Syncing);
     spec.stop.check()?;

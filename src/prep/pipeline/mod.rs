@@ -13,7 +13,10 @@ mod turns;
 
 use std::{fmt, sync::Arc};
 
-use bedplate_engine::error::Result;
+use bedplate_engine::{
+    error::Result,
+    planted::{self, Bug},
+};
 
 pub(super) use self::threads::start;
 use super::{
@@ -196,10 +199,18 @@ impl Keeping<'_> {
     /// again, whatever a later sync says.
     fn keep(&self, mark: Mark, midstate: Midstate) -> Result<()> {
         let Target { file, dir, names, .. } = self.target;
-        file.sync_data()?;
         let Mark { position, total, validator } = mark;
         let (complete, proof) = (false, Proof::NotNeeded);
-        Kept { position, total, complete, validator, proof, midstate }.store(dir, names)
+        let kept = Kept { position, total, complete, validator, proof, midstate };
+        if planted::is(Bug::KeptBeforeData) {
+            kept.store(dir, names)?;
+        }
+        let synced = file.sync_data();
+        if !planted::is(Bug::KeptAfterFailedSync) {
+            synced.clone()?;
+        }
+        kept.store(dir, names)?;
+        synced
     }
 
     /// Forget what was kept.
