@@ -39,12 +39,12 @@ faults! {
     Reordered "reordered completion" [0, 1, 2, 3], "an action is carried out, or its end told, before an older one";
     ShortTransfer "short transfer" [0, 2, 3], "a read or write moves a part, others have their turn, then it goes on";
     TornTransfer "torn transfer" [0, 2, 8], "a write moves some sectors, then fails";
-    LostData "lost data" [1, 2, 3], "a power cut loses unsynced sectors of a file";
+    LostData "lost data" [1, 2, 3, 5], "a power cut loses unsynced sectors of a file";
     LostPunch "lost punch" [2, 4], "a power cut brings punched sectors back";
     LostSize "lost size" [1, 2], "a power cut loses an unsynced length of a file";
-    LostName "lost name" [1, 6, 10, 12], "a power cut loses a name that was made, removed or renamed";
-    FailedSync "failed sync" [7], "a sync fails; what it should have kept may still arrive";
-    DroppedSync "failed sync that drops pages" [1, 7], "a sync fails and the medium never gets what was written before it; the next one succeeds";
+    LostName "lost name" [1, 5, 6, 10, 12], "a power cut loses a name that was made, removed or renamed";
+    FailedSync "failed sync" [5, 7, 9], "a sync fails; what it should have kept may still arrive";
+    DroppedSync "failed sync that drops pages" [1, 5, 7], "a sync fails and the medium never gets what was written before it; the next one succeeds";
     ReadError "EIO on read" [0, 12], "a read fails";
     WriteError "EIO on write" [0, 2, 8, 12], "a write or punch fails, and nothing of it happens";
     NameError "EIO on a name" [6, 9, 10, 12], "making, renaming, removing a name or syncing its directory fails";
@@ -55,8 +55,8 @@ faults! {
     BitFlip "bit flip" [2, 7, 10], "a bit of a file on the medium changes while the machine is off";
     MisdirectedRead "misdirected read" [0, 2, 10], "a read is given another place's bytes";
     MisdirectedWrite "misdirected write" [1, 2, 10], "a write goes to another place and is reported as done";
-    ProcessKill "process kill" [1, 2, 3, 6, 12], "the process dies; what the system knows stays, synced or not";
-    PowerCut "power cut" [1, 2, 3, 4, 6], "the machine stops; any subset of what was not synced is lost";
+    ProcessKill "process kill" [1, 2, 3, 5, 6, 9, 12], "the process dies; what the system knows stays, synced or not";
+    PowerCut "power cut" [1, 2, 3, 4, 5, 6, 9], "the machine stops; any subset of what was not synced is lost";
     OlderRecord "restart with an older record" [10, 12], "a volume's record is an earlier one when the process starts";
     ClockJump "clock jump" [6, 9, 12], "the clock jumps years, forwards or back";
 }

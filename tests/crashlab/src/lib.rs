@@ -1,7 +1,7 @@
 //! A simulated machine: the shipped core, map, record and life code of the engine under one seed.
 //!
 //! [`run_seed`] runs one seed, on the calling thread alone: [`script`] says what happens, `world` is the machine and its
-//! clients, `life` the operations on its disk, `restart` the ends of its process, `medium` what lies below,
+//! clients, `life` the operations on its disk, [`arrivals`] its images, `restart` the ends of its process, `medium` what lies below,
 //! [`decay`] what a medium that lies leads to, [`faults`] the list of what goes wrong with it and [`stats`] how often
 //! it did. The reference is the engine's own
 //! (`engine/tests/model/cells.rs`): what each 64 bytes of a volume may hold. [`shrink`] makes a failure short.
@@ -13,6 +13,7 @@ mod image;
 #[path = "../../../engine/tests/model/leftovers.rs"]
 mod leftovers;
 
+pub mod arrivals;
 mod damage;
 pub mod decay;
 pub mod faults;
@@ -122,11 +123,21 @@ fn play(world: &Rc<RefCell<World>>) -> Result<(), String> {
             now.restart()?;
             continue;
         }
+        if let Some(image) = now.arrivals.next_unfinished() {
+            drop(now);
+            arrivals::go_on(world, image);
+            continue;
+        }
         if now.steps.is_empty() && !now.ask_more() {
             break;
         }
         match now.steps.front() {
             None => {}
+            Some(Step::Image(_)) => {
+                let Some(Step::Image(step)) = now.steps.pop_front() else { break };
+                drop(now);
+                arrivals::run(world, step);
+            }
             Some(Step::Life { .. }) => {
                 let Some(Step::Life { life, volume, pick }) = now.steps.pop_front() else { break };
                 drop(now);
@@ -148,7 +159,12 @@ fn play(world: &Rc<RefCell<World>>) -> Result<(), String> {
     if now.finding.is_none() {
         now.cut = Some(Cut::Power);
         now.restart()?;
-        now.decay()?;
+        drop(now);
+        arrivals::go_on_with_all(world);
+        now = world.borrow_mut();
+        if now.finding.is_none() {
+            now.decay()?;
+        }
     }
     now.forget_process();
     Ok(())
@@ -177,6 +193,7 @@ fn set_up(world: &Rc<RefCell<World>>) -> Result<(), String> {
             .insert(name.into(), Known { cells: Cells::new(values, salt), snapshots: Default::default() });
     }
     now.disk = Some(disk);
+    now.take_up_images()?;
     if now.setup.medium.is_some() {
         now.medium.leave(96 << 10);
     }

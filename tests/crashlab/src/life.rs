@@ -13,6 +13,7 @@ use bedplate_engine::{
 };
 
 use crate::{
+    arrivals,
     cells::{Cells, Moment},
     operation::Operation,
     script::{Life, Step},
@@ -129,7 +130,7 @@ fn carry_out(world: &Rc<RefCell<World>>, call: &Call, disk: &Arc<Disk>) -> Resul
 }
 
 /// Other operations on the disk, where the one under way lets them in.
-fn others_live(world: &Rc<RefCell<World>>) {
+pub fn others_live(world: &Rc<RefCell<World>>) {
     loop {
         let mut now = world.borrow_mut();
         if now.medium.has_stopped() || now.lives.len() >= DEPTH_MAX {
@@ -139,6 +140,12 @@ fn others_live(world: &Rc<RefCell<World>>) {
             now.steps.pop_front();
             drop(now);
             run(world, life, volume, pick);
+            return;
+        }
+        if let Some(Step::Image(step)) = now.steps.front().cloned() {
+            now.steps.pop_front();
+            drop(now);
+            arrivals::run(world, step);
             return;
         }
         if now.seed.one_in(3) || !now.next_small_step() {

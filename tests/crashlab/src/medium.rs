@@ -241,7 +241,8 @@ fn strikes(fault: FaultKind, call: CallKind, path: &str) -> bool {
         }
         // A log is written ahead: it takes no room.
         FaultKind::NoSpace => {
-            let data = call == CallKind::Write && path.ends_with("/data");
+            let data =
+                call == CallKind::Write && (path.ends_with("/data") || path.ends_with("/partial.data"));
             data || matches!(call, CallKind::Create | CallKind::CreateDir)
         }
         _ => false,

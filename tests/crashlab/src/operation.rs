@@ -25,17 +25,32 @@ pub enum Operation {
     Export,
     DeleteVolume,
     Recover,
+    Arrive,
+    DeleteImage,
 }
 
 use Operation::*;
 
 /// What clients ask of one volume.
 const CLIENTS: [Operation; 7] = [Write, FuaWrite, Zero, FuaZero, Discard, Flush, Read];
-/// What is done to a disk's volumes.
-const LIVES: [Operation; 11] =
-    [Snapshot, Clone, FullClone, Revert, DeleteSnapshot, Merge, Flatten, Grow, Export, DeleteVolume, Recover];
+/// What is done to a disk's volumes and images.
+const LIVES: [Operation; 13] = [
+    Snapshot,
+    Clone,
+    FullClone,
+    Revert,
+    DeleteSnapshot,
+    Merge,
+    Flatten,
+    Grow,
+    Export,
+    DeleteVolume,
+    Recover,
+    Arrive,
+    DeleteImage,
+];
 /// Long ones that let other operations on the disk in between.
-const OUTER: [Operation; 4] = [FullClone, Merge, Flatten, Export];
+const OUTER: [Operation; 5] = [FullClone, Merge, Flatten, Export, Arrive];
 
 impl Operation {
     /// Every pair that can meet: two requests to one volume; a request and an operation on the disk; a long operation on
@@ -113,6 +128,8 @@ impl fmt::Display for Operation {
             Export => "export",
             DeleteVolume => "delete volume",
             Recover => "recover",
+            Arrive => "arrival of an image",
+            DeleteImage => "delete image",
         })
     }
 }

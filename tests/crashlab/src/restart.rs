@@ -30,11 +30,15 @@ impl World {
         let cut = self.cut.take().unwrap_or(end);
         self.note(|| format!("restart: {cut:?}"));
         self.stats.restarts += 1;
+        self.remember_what_is_kept();
         self.end_process(cut);
         if self.seed.one_in(4) {
             // The next start does not come to its end either.
             self.medium.stop_after(self.seed.below(CALLS_OF_A_START));
             let opened = self.open();
+            if opened.is_ok() {
+                self.begin_to_take_up_images();
+            }
             drop(opened);
             let second = if self.seed.one_in(2) { Cut::Kill } else { Cut::Power };
             self.note(|| format!("restart cut: {second:?}"));
@@ -107,6 +111,7 @@ impl World {
             check(&disk, name, known, power_lost)?;
         }
         self.remember_records()?;
+        self.take_up_images()?;
         leftovers::check(self.medium.storage(), &["failed"])?;
         if self.seed.one_in(4) {
             self.medium.count(FaultKind::BitFlip);

@@ -6,7 +6,12 @@
 use bedplate_engine::exec::simulated::Seed;
 use serde::{Deserialize, Serialize};
 
-use crate::{decay::LIES, faults::FaultKind, stats::OPERATIONS_LEAST};
+use crate::{
+    arrivals::script::{ImageStep, with_images},
+    decay::LIES,
+    faults::FaultKind,
+    stats::OPERATIONS_LEAST,
+};
 
 /// Steps of a seed. Most are operations.
 const STEPS: u64 = 360;
@@ -88,6 +93,8 @@ pub enum Step {
         cut: Cut,
         after: u16,
     },
+    /// Something is done with an image.
+    Image(ImageStep),
     /// The medium has this much room left.
     Room {
         bytes: u32,
@@ -242,6 +249,7 @@ impl Script {
         };
         let habits = Habits::of(&mut seed, weather);
         let steps = (0..STEPS).map(|_| step(&mut seed, &habits)).collect();
+        let steps = with_images(steps, number, |seed| fault(seed, weather));
         Script { setup, steps }
     }
 
@@ -284,7 +292,7 @@ pub fn one_more(seed: &mut Seed) -> Step {
     }
 }
 
-fn number_of<T: TryFrom<u64>>(number: u64) -> T
+pub fn number_of<T: TryFrom<u64>>(number: u64) -> T
 where
     T::Error: std::fmt::Debug,
 {

@@ -8,7 +8,7 @@ use std::{cell::RefCell, collections::VecDeque, rc::Rc};
 
 use bedplate_engine::exec::pool::{Job, Turns};
 
-use crate::world::World;
+use crate::{life, world::World};
 
 thread_local! {
     static WORLD: RefCell<Option<Rc<RefCell<World>>>> = const { RefCell::new(None) };
@@ -45,6 +45,18 @@ fn with_world<R>(then: impl FnOnce(&mut World) -> R) -> Option<R> {
 /// A few things happen, or nothing.
 pub fn others_go_on() {
     with_world(World::interlude);
+}
+
+/// Other operations on the disk happen, if the one under way lets them in.
+pub fn others_live() {
+    if let Some(world) = WORLD.with_borrow(Clone::clone) {
+        life::others_live(&world);
+    }
+}
+
+/// A number below `count`, by the seed.
+pub fn choose(count: usize) -> usize {
+    with_world(|world| world.seed.index(count)).unwrap_or(0)
 }
 
 /// Housekeeping that waits.

@@ -28,6 +28,7 @@ use bedplate_engine::{
 };
 
 use crate::{
+    arrivals::Arrivals,
     cells::{CELL, Cells, ChangeId, Content, Moment},
     faults::FaultKind,
     image::Image,
@@ -177,6 +178,7 @@ pub struct World {
     pub history: Option<Vec<String>>,
     /// Records of volumes as earlier starts found them, by path.
     pub older_records: Vec<(String, Vec<u8>)>,
+    pub arrivals: Arrivals,
     flights: Vec<Flight>,
     names: u64,
     /// How often clients may still ask for more, see [`World::ask_more`].
@@ -205,6 +207,7 @@ impl World {
             finding: None,
             history: trace.then(Vec::new),
             older_records: Vec::new(),
+            arrivals: Arrivals::default(),
             flights: Vec::new(),
             names: 0,
             rounds_more: ROUNDS_MORE,
@@ -244,6 +247,7 @@ impl World {
         self.flights.clear();
         self.lives.clear();
         self.read.clear();
+        self.arrivals.forget_process();
         turns::clear_jobs();
         self.disk = None;
     }
@@ -286,7 +290,7 @@ impl World {
     /// Take the next step of the script if it is not for the whole disk; whether it was.
     pub fn next_small_step(&mut self) -> bool {
         match self.steps.front() {
-            None | Some(Step::Life { .. }) => return false,
+            None | Some(Step::Life { .. } | Step::Image(_)) => return false,
             Some(Step::Cut { cut: crate::script::Cut::Close, .. }) if !self.lives.is_empty() => return false,
             Some(_) => {}
         }
@@ -305,7 +309,7 @@ impl World {
                 self.medium.stop_after(after.into());
             }
             Step::Room { bytes } if self.setup.medium.is_some() => self.medium.leave(bytes.into()),
-            Step::Cut { .. } | Step::Room { .. } | Step::Life { .. } => {}
+            Step::Cut { .. } | Step::Room { .. } | Step::Life { .. } | Step::Image(_) => {}
         }
         true
     }

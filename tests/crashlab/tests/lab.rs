@@ -35,6 +35,18 @@ fn a_seed_is_the_same_history_each_time() {
 }
 
 #[test]
+fn images_arrive_while_clients_write_and_volumes_change() {
+    let mut stats = Stats::default();
+    for seed in 0..40 {
+        stats.add(&run_seed(seed).unwrap_or_else(|failure| panic!("seed {seed}: {}", failure.what)));
+    }
+    for other in [Operation::Write, Operation::Flush, Operation::Snapshot, Operation::Merge] {
+        assert!(stats.pairs_of(other, Operation::Arrive) > 0, "{other}");
+    }
+    assert!(stats.pairs_of(Operation::Arrive, Operation::DeleteImage) > 0);
+}
+
+#[test]
 fn what_a_script_is_written_as_is_read_as_the_same_script() {
     for seed in 0..20 {
         let script = Script::of(seed);
