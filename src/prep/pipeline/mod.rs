@@ -1,6 +1,6 @@
 //! The work below an arrival: one hand hashes, one writes, one makes durable and records what is.
 //!
-//! Every piece goes to the hashing and to the writing hand, so the slower of the two decides. A [`Mark`] travels with
+//! Every piece goes to the hashing and to the writing hand, so the slower of the two decides. A `Mark` travels with
 //! the pieces: the hasher answers it with its midstate, the writer hands it on once everything before it has been
 //! written, and the syncing hand joins the two after a successful sync. So a record never claims bytes that were not
 //! synced, nor a hash of other bytes.

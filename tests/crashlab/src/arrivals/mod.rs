@@ -2,10 +2,10 @@
 //!
 //! What runs is what ships: the directories of images and their records (`bedplate::catalog`), the pass that hashes,
 //! writes, syncs and keeps (`bedplate::prep`), and the order of steps around it (`bedplate::images::steps`), over the same
-//! medium as the volumes. Replaced are the source ([`origin`]), the three threads of a pass, which take turns, and the
+//! medium as the volumes. Replaced are the source (`origin.rs`), the three threads of a pass, which take turns, and the
 //! tokio jobs and tables of the service. `start.rs` is what a process makes of the images that it finds.
 //!
-//! The reference ([`Reference`]) knows the bytes of each image, whether it was ready, and how much of it is kept for
+//! The reference (`Reference`) knows the bytes of each image, whether it was ready, and how much of it is kept for
 //! certain.
 
 mod origin;
