@@ -180,6 +180,10 @@ impl ImageStore {
             let what = format!("a record that belongs to the directory {:?}", record.directory_name());
             return Err(Error::Unsupported { path, what });
         }
+        // Of a deletion that failed, before the image was asked for again: it must not vouch for another one.
+        if let Err(error) = dir.remove_file(DELETED) {
+            tracing::warn!(path = %dir.path().display(), %error, "the mark of an earlier deletion is not cleared away");
+        }
         Ok(Some((record, ImageDir { name: name.to_owned(), images: self.images.clone() })))
     }
 
@@ -402,6 +406,16 @@ mod tests {
         storage.clear_faults();
         store.delete(&dir).unwrap();
         assert!(store.scan().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_mark_of_a_deletion_that_failed_goes_where_the_image_has_a_record_again() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let (store, _, path) = store_with_an_image(&storage);
+        drop(storage.open(&format!("{path}/{DELETED}"), StorageOpen::Create).unwrap());
+        assert!(matches!(store.scan().unwrap().as_slice(), [Found::Image(..)]));
+        let names: Vec<String> = storage.list(&path).unwrap().into_iter().map(|(name, _)| name).collect();
+        assert!(names.contains(&IMAGE.to_owned()) && !names.contains(&DELETED.to_owned()), "{names:?}");
     }
 
     #[test]

@@ -163,12 +163,18 @@ impl FileNode {
 
     /// A sync that failed: the medium keeps what it had.
     pub(super) fn drop_unsynced(&mut self, cache: Cache) {
-        self.unsynced.clear();
         match cache {
-            // The system believes that it wrote these pages, and goes on showing them.
-            Cache::Buffered => self.unsynced_lens.clear(),
+            // The system believes that it wrote these pages, and goes on showing them. What was cut off is no page: that
+            // stays to be written.
+            Cache::Buffered => {
+                self.unsynced.retain(|_, values| values.newest().is_none());
+                self.unsynced_lens.clear();
+            }
             // The length stays known, and to be written.
-            Cache::Direct => self.shown = Content { len: self.shown.len, ..self.kept.clone() },
+            Cache::Direct => {
+                self.unsynced.clear();
+                self.shown = Content { len: self.shown.len, ..self.kept.clone() };
+            }
         }
     }
 
