@@ -451,8 +451,10 @@ impl Reference {
 
 /// How much of an arrival is kept there.
 fn kept(storage: &MemoryStorage, directory: &str) -> u64 {
-    let json = storage.bytes(&format!("{directory}/{}", NAMES.record));
-    json.ok().and_then(|json| Kept::parse(&json)).map_or(0, |kept| kept.position)
+    let bytes = |name| storage.bytes(&format!("{directory}/{name}")).ok();
+    // What was being cleared away may have lost the one and not the other.
+    let json = bytes(NAMES.data).and_then(|_| bytes(NAMES.record));
+    json.and_then(|json| Kept::parse(&json)).map_or(0, |kept| kept.position)
 }
 
 fn delete(world: &Rc<RefCell<World>>, pick: u8) {
