@@ -423,6 +423,16 @@ fn reclaiming_ends_beside_a_volume_that_cannot_be_opened() {
     assert_eq!(first_byte(&disk), 1);
 }
 
+/// Merge below `v` and `w`; the record of `v` is switched, that of `w` cannot be written.
+fn cut_off_at_the_second_record(storage: &MemoryStorage, disk: &Disk) {
+    storage.set_faults(|call| {
+        let second = call.path.starts_with("volumes/w-") && call.kind == CallKind::Create;
+        second.then_some(Fault::Error(ErrorKind::Other))
+    });
+    disk.reclaim(|| true).expect_err("the second record is not written");
+    storage.clear_faults();
+}
+
 #[test]
 fn a_fold_that_is_cut_off_between_two_records_is_finished_later_and_loses_neither_volume() {
     let (storage, disk) = disk(256 << 10);
@@ -442,12 +452,7 @@ fn a_fold_that_is_cut_off_between_two_records_is_finished_later_and_loses_neithe
     }
     let both = |disk: &Disk| ["v", "w"].map(|name| content(&served(disk, name)));
     let before = both(&disk);
-    storage.set_faults(|call| {
-        let second = call.path.starts_with("volumes/w-") && call.kind == CallKind::Create;
-        second.then_some(Fault::Error(ErrorKind::Other))
-    });
-    disk.reclaim(|| true).expect_err("the second record is not written");
-    storage.clear_faults();
+    cut_off_at_the_second_record(&storage, &disk);
     assert!(both(&disk) == before);
     drop(disk);
     let disk = open(&Arc::new(storage.kill()));
@@ -556,12 +561,7 @@ fn volumes_whose_records_disagree_on_what_lies_below_one_layer_each_read_by_thei
     disk.delete_snapshot("v", "s").expect("deleted");
     let both = |disk: &Disk| ["v", "w"].map(|name| content(&served(disk, name)));
     let before = both(&disk);
-    storage.set_faults(|call| {
-        let second = call.path.starts_with("volumes/w-") && call.kind == CallKind::Create;
-        second.then_some(Fault::Error(ErrorKind::Other))
-    });
-    disk.reclaim(|| true).expect_err("the second record is not written");
-    storage.clear_faults();
+    cut_off_at_the_second_record(&storage, &disk);
     let layers = || ["v", "w"].map(|name| served(&disk, name).info().layer_count);
     assert_eq!(layers(), [2, 3]);
     // The image's bytes go to the layer that only this one still lists.
