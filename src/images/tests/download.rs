@@ -303,10 +303,10 @@ fn what_is_refused_for_its_bytes_does_not_show_the_signature_of_its_url() {
 #[test]
 fn an_origin_that_refuses_from_the_first_try_on_is_given_up_soon() {
     let node = Node::new();
-    let closed = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap()
-    };
+    // The near end of a connection: nobody listens there, and nobody else is given that port meanwhile.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let connection = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let closed = connection.local_addr().unwrap();
     let refused = failure(node.bring("a", &format!("http://{closed}/a")));
     assert_eq!(refused.code, FailureCode::Source);
     assert!(refused.message.contains("refused"), "{}", refused.message);

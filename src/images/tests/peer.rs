@@ -1,7 +1,7 @@
 //! A real server as the peer: nginx, slowed down, killed in the middle and started again.
 
 use std::{
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     process::{Child, Command, Stdio},
 };
 
@@ -16,7 +16,7 @@ struct Nginx {
 
 impl Nginx {
     /// `None`, and a word why, where nginx is not installed.
-    fn start(dir: &Path, port: u16, server: &str) -> Option<Nginx> {
+    fn start(dir: &Path, address: SocketAddr, server: &str) -> Option<Nginx> {
         let run = dir.join("run");
         std::fs::create_dir_all(&run).unwrap();
         let run = run.display();
@@ -40,7 +40,7 @@ impl Nginx {
         };
         let nginx = Nginx { child };
         let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        while TcpStream::connect(address).is_err() {
             assert!(Instant::now() < deadline, "nginx does not answer");
             std::thread::sleep(POLL);
         }
@@ -56,8 +56,10 @@ impl Drop for Nginx {
     }
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// An address of this machine and one test alone, so that its port stays free until the server takes it, and while the
+/// server is dead: the origins of other tests are given ports of 127.0.0.1.
+fn free_address(host: &str) -> SocketAddr {
+    TcpListener::bind((host, 0)).unwrap().local_addr().unwrap()
 }
 
 #[test]
@@ -74,7 +76,7 @@ fn a_download_over_tls_needs_a_certificate_that_the_machine_trusts() {
     let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
     let config = dir.path().join("openssl.conf");
     let text = "[req]\ndistinguished_name = name\nx509_extensions = leaf\nprompt = no\n[name]\nCN = localhost\n\
-                [leaf]\nbasicConstraints = critical,CA:FALSE\nsubjectAltName = IP:127.0.0.1\n";
+                [leaf]\nbasicConstraints = critical,CA:FALSE\nsubjectAltName = IP:127.0.0.2\n";
     std::fs::write(&config, text).unwrap();
     let made = Command::new("openssl")
         .args([
@@ -100,12 +102,11 @@ fn a_download_over_tls_needs_a_certificate_that_the_machine_trusts() {
         eprintln!("skipped: openssl does not make a certificate; apt-get install openssl");
         return;
     }
-    let port = free_port();
+    let address = free_address("127.0.0.2");
     let (cert_path, key_path) = (cert.display(), key.display());
-    let tls =
-        format!("listen 127.0.0.1:{port} ssl; ssl_certificate {cert_path}; ssl_certificate_key {key_path};");
-    let Some(_nginx) = Nginx::start(dir.path(), port, &tls) else { return };
-    let url = format!("https://127.0.0.1:{port}/disk.raw");
+    let tls = format!("listen {address} ssl; ssl_certificate {cert_path}; ssl_certificate_key {key_path};");
+    let Some(_nginx) = Nginx::start(dir.path(), address, &tls) else { return };
+    let url = format!("https://{address}/disk.raw");
 
     let node = Node::new();
     let untrusted = failure(node.bring("a", &url));
@@ -128,14 +129,14 @@ fn a_download_from_nginx_survives_its_death_and_fetches_no_synced_byte_twice() {
     let content = noise(LEN, 50);
     std::fs::create_dir(dir.path().join("www")).unwrap();
     std::fs::write(dir.path().join("www/disk.raw"), &content).unwrap();
-    let port = free_port();
-    let plain = format!("listen 127.0.0.1:{port};");
-    let Some(slow) = Nginx::start(dir.path(), port, &format!("{plain} limit_rate 2m;")) else { return };
+    let address = free_address("127.0.0.3");
+    let plain = format!("listen {address};");
+    let Some(slow) = Nginx::start(dir.path(), address, &format!("{plain} limit_rate 2m;")) else { return };
 
     let mut patient = settings();
     patient.http.stalled_max = PATIENCE;
     let node = Node::with(patient);
-    node.create("a", &format!("http://127.0.0.1:{port}/disk.raw"), Some(&sha512(&content))).unwrap();
+    node.create("a", &format!("http://{address}/disk.raw"), Some(&sha512(&content))).unwrap();
     let at_death = node
         .until("a", "some bytes", |info| {
             info.copies[0].progress.as_ref().is_some_and(|p| p.done_bytes > 1 << 20)
@@ -149,7 +150,7 @@ fn a_download_from_nginx_survives_its_death_and_fetches_no_synced_byte_twice() {
     node.until("a", "a pause", |info| {
         info.copies[0].progress.as_ref().is_some_and(|p| p.last_error.is_some())
     });
-    let _fast = Nginx::start(dir.path(), port, &plain).unwrap();
+    let _fast = Nginx::start(dir.path(), address, &plain).unwrap();
     node.wait("a").unwrap();
     assert!(node.content("a") == content);
     // The access log says how much of the body each answer had; the first died unlogged.

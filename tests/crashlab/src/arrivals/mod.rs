@@ -451,10 +451,15 @@ impl Reference {
 
 /// How much of an arrival is kept there.
 fn kept(storage: &MemoryStorage, directory: &str) -> u64 {
+    kept_record(storage, directory).map_or(0, |kept| kept.position)
+}
+
+/// The record of it, beside bytes that it is of.
+fn kept_record(storage: &MemoryStorage, directory: &str) -> Option<Kept> {
     let bytes = |name| storage.bytes(&format!("{directory}/{name}")).ok();
     // What was being cleared away may have lost the one and not the other.
     let json = bytes(NAMES.data).and_then(|_| bytes(NAMES.record));
-    json.and_then(|json| Kept::parse(&json)).map_or(0, |kept| kept.position)
+    json.and_then(|json| Kept::parse(&json))
 }
 
 fn delete(world: &Rc<RefCell<World>>, pick: u8) {

@@ -16,7 +16,7 @@ use bedplate_engine::{
 };
 use uuid::Uuid;
 
-use super::{Entry, Presence, kept};
+use super::{Entry, Presence, kept, kept_record};
 use crate::world::World;
 
 /// The directory of what nobody made, on a disk with a record that cannot be read.
@@ -121,15 +121,18 @@ impl World {
             }
             RecordState::Pending | RecordState::InProgress => {}
         }
+        // Of a source that never said how much there is, nothing is kept once the medium was full.
+        let full = matches!(&record.state, RecordState::Failed { failure, .. } if failure.code == FailureCode::NoSpace);
+        if full && kept_record(storage, &directory).is_none_or(|kept| kept.total.is_none()) {
+            known.floor = 0;
+        }
         let left = take_up(record, dir);
         if left == Left::Unfinished {
             self.arrivals.unfinished.push(uuid);
         }
         let is_kept = may_be_kept(record);
-        // Of a source that never said how much there is, nothing is kept once the medium was full.
-        let full = matches!(&record.state, RecordState::Failed { failure, .. } if failure.code == FailureCode::NoSpace);
-        if is_kept && !full && kept(storage, &directory) < known.floor {
-            let now = kept(storage, &directory);
+        let now = kept(storage, &directory);
+        if is_kept && now < known.floor {
             return Err(failed(format!("{} bytes were kept, and {now} are left", known.floor)));
         }
         let names = names(storage, &directory);
