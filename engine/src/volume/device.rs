@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, PoisonError, Weak},
+    sync::{
+        Arc, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -42,6 +45,8 @@ pub struct Volume {
     gate: Arc<Gate>,
     pub(super) storage: Arc<dyn Storage>,
     record: Mutex<VolumeRecord>,
+    /// The record on the disk may be a later one, with fewer layers: it was renamed into place and then not synced.
+    unsettled: AtomicBool,
     pub(super) backend: Backend,
     usage: Mutex<Use>,
     /// A holder has let go.
@@ -141,6 +146,7 @@ impl Volume {
             gate: Arc::default(),
             storage,
             record: Mutex::new(record),
+            unsettled: AtomicBool::new(false),
             backend,
             usage: Mutex::default(),
             released: Condvar::new(),
@@ -186,8 +192,19 @@ impl Volume {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// This is its record now, also on the disk.
     pub(super) fn set_record(&self, record: VolumeRecord) {
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
+        self.unsettled.store(false, Ordering::Relaxed);
+    }
+
+    /// The disk may have another record than this volume.
+    pub(super) fn unsettle(&self) {
+        self.unsettled.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Ordering::Relaxed)
     }
 
     pub fn name(&self) -> String {

@@ -395,9 +395,14 @@ impl Disk {
         Ok(old_index)
     }
 
-    /// Switch a record that leaves the head alone.
+    /// Switch a record that leaves the head alone. If it is uncertain, nothing moves between the volume's layers before its
+    /// record was written again: the disk's may name fewer of them.
     pub(super) fn switch_record(&self, volume: &Volume, record: VolumeRecord) -> Result<()> {
-        self.replace_record(volume, &record)?;
+        let replaced = self.replace_record(volume, &record);
+        if matches!(replaced, Err(Error::Uncertain { .. })) {
+            volume.unsettle();
+        }
+        replaced?;
         volume.set_record(record);
         Ok(())
     }

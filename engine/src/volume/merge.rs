@@ -99,7 +99,7 @@ impl Disk {
         let _one = self.maintenance.lock().unwrap_or_else(PoisonError::into_inner);
         // Layers that cannot be merged for now; the others still can.
         let mut left = HashSet::new();
-        let mut result = Ok(());
+        let mut result = self.settle_records();
         while let Some(candidate) = self.candidate(&left) {
             match self.merge(candidate, &mut go_on) {
                 Ok(Progress::Done) => {}
@@ -119,7 +119,15 @@ impl Disk {
 
     /// Whether [`Disk::reclaim`] has anything to do.
     pub fn has_unnamed_layers(&self) -> bool {
-        self.candidate(&HashSet::new()).is_some()
+        !self.tree().unsettled().is_empty() || self.candidate(&HashSet::new()).is_some()
+    }
+
+    /// Write the records again of which the disk may have later ones.
+    fn settle_records(&self) -> Result<()> {
+        let _life = self.life();
+        let unsettled = self.tree().unsettled();
+        let settled = unsettled.iter().map(|volume| self.switch_record(volume, volume.record()));
+        settled.fold(Ok(()), Result::and)
     }
 
     fn candidate(&self, left: &HashSet<Uuid>) -> Option<Candidate> {
@@ -131,10 +139,11 @@ impl Disk {
         if !tree.is_whole() {
             return Vec::new();
         }
-        // Only open volumes can be switched; a layer that another one lists stays.
-        let broken = tree.broken.iter().filter_map(|broken| broken.record.as_ref());
+        // Only open volumes can be switched, and those whose record is known; a layer that another one lists stays.
+        let broken = tree.broken.iter().filter_map(|broken| broken.record.clone());
+        let unsettled = tree.unsettled().into_iter().map(|volume| volume.record());
         let fixed: HashSet<Uuid> =
-            broken.flat_map(|record| record.layers.iter().map(|layer| layer.uuid)).collect();
+            broken.chain(unsettled).flat_map(|record| record.layers).map(|layer| layer.uuid).collect();
         let records = tree.records();
         let named: HashSet<Uuid> = records
             .iter()

@@ -64,9 +64,10 @@ impl Disk {
         for layer in record.layers.iter().filter(|layer| whole != Some(layer.uuid)) {
             let is_head = layer.uuid == record.head;
             let log_len = if is_head { self.log_len } else { LogLen::Sealed };
-            let reason = reason.clone().filter(|_| is_head);
+            let reason = reason.as_deref().filter(|_| is_head);
             let size = ByteLen(record.size_bytes);
-            layers.extend(recover_layer(&*self.storage, layer.uuid, size, log_len, reason)?);
+            let recover = || recover_layer(&*self.storage, layer.uuid, size, log_len, reason);
+            layers.extend(self.with_reserve(recover)?);
             self.tree().forget_indexes(layer.uuid);
         }
         if let Some(head) = layers.iter_mut().find(|layer| layer.layer == record.head) {
@@ -117,7 +118,7 @@ fn recover_layer(
     uuid: Uuid,
     size: ByteLen,
     log_len: LogLen,
-    reason: Option<String>,
+    reason: Option<&str>,
 ) -> Result<Option<RecoveredLayer>> {
     let dir = layer::dir(uuid);
     let (index, end, lost, reason, data) = match layer::open(storage, uuid) {
@@ -126,7 +127,7 @@ fn recover_layer(
                 // Without a mark on the disk nothing else makes the data be read anew.
                 layer.data.drop_cache()?;
             }
-            let Some(reason) = layer.fault.or(reason) else { return Ok(None) };
+            let Some(reason) = layer.fault.or(reason.map(str::to_owned)) else { return Ok(None) };
             (layer.index, Some(layer.log), layer.lost, reason, layer.data)
         }
         Err(error @ (Error::Corrupt { .. } | Error::Unsupported { .. })) => {

@@ -68,6 +68,11 @@ impl Tree {
         open.chain(self.broken.iter().filter_map(|broken| broken.record.clone())).collect()
     }
 
+    /// Volumes of which the disk may have a later record.
+    pub fn unsettled(&self) -> Vec<Arc<Volume>> {
+        self.volumes.values().filter(|volume| volume.is_unsettled()).cloned().collect()
+    }
+
     /// Whether every record on the disk could be read: nothing is collected otherwise.
     pub fn is_whole(&self) -> bool {
         self.broken.iter().all(|broken| broken.record.is_some())

@@ -23,7 +23,7 @@ use bedplate_engine::{
     },
     units::{ByteLen, ByteRange},
     volume::{
-        device::VolumeState,
+        device::{Volume, VolumeState},
         disk::{Disk, Held},
         life::Origin,
     },
@@ -108,13 +108,8 @@ fn a_record_for_which_there_is_no_room_leaves_nothing_of_it_on_the_disk() {
     disk.delete_snapshot("v", "s").expect("deleted");
 }
 
-#[test]
-fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked() {
-    let (storage, disk) = disk(65536);
-    let volume = served(&disk, "v");
-    volume.write_at(&[1; 8192], 0, Durability::Fua).expect("written");
-    volume.write_at(&[2; 4096], 0, Durability::Volatile).expect("written in place");
-    volume.write_at(&[2; 4096], 12288, Durability::Volatile).expect("written");
+/// A flush fails, and that could not be noted on the medium.
+fn fail_and_stay_unmarked(storage: &MemoryStorage, volume: &Volume) {
     storage.set_faults(|call| {
         let fails = (call.kind == CallKind::Sync && call.path.ends_with("/data"))
             || (call.kind == CallKind::Create && call.path.ends_with("/failed"));
@@ -122,6 +117,16 @@ fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked()
     });
     volume.flush().expect_err("the medium fails");
     storage.clear_faults();
+}
+
+#[test]
+fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked() {
+    let (storage, disk) = disk(65536);
+    let volume = served(&disk, "v");
+    volume.write_at(&[1; 8192], 0, Durability::Fua).expect("written");
+    volume.write_at(&[2; 4096], 0, Durability::Volatile).expect("written in place");
+    volume.write_at(&[2; 4096], 12288, Durability::Volatile).expect("written");
+    fail_and_stay_unmarked(&storage, &volume);
     let lost = |offset| matches!(volume.read_at(&mut [0; 4096], offset), Err(Error::Lost { .. }));
     assert_eq!([0, 4096, 8192, 12288].map(lost), [true, false, false, true]);
     drop(volume);
@@ -142,6 +147,23 @@ fn recovery_names_what_may_be_older_also_where_the_failure_could_not_be_marked()
     let left = crate::util::open(Held::over(Arc::new(storage.crash_losing_all())), Arc::default());
     assert!(content(&served(&left, "v")) == shown);
     served(&disk, "v").write_at(&[3; 4096], 0, Durability::Fua).expect("it takes writes again");
+}
+
+#[test]
+fn a_volume_on_a_full_disk_is_recovered_by_the_reserve() {
+    let storage = Arc::new(MemoryStorage::new(512));
+    storage.limit(128 << 20);
+    let disk = open(&storage);
+    disk.create_volume("v", Origin::Empty, Some(ByteLen(65536))).expect("created");
+    let volume = served(&disk, "v");
+    volume.write_at(&[1; 4096], 0, Durability::Fua).expect("written");
+    volume.write_at(&[2; 4096], 4096, Durability::Volatile).expect("written");
+    let free = storage.free_bytes().expect("known");
+    storage.allocate("stray", free).expect("there is room");
+    fail_and_stay_unmarked(&storage, &volume);
+    drop(volume);
+    disk.recover("v").expect("recovered");
+    assert_eq!(first_byte(&disk), 1);
 }
 
 /// Write the first sector's worth of entries of a record, and `last` into its second sector; of the record only the
@@ -362,6 +384,60 @@ fn a_snapshot_deleted_on_a_full_disk_gives_its_space_back_step_by_step_and_a_cra
             }
         }
     }
+}
+
+/// A full disk with three layers below a head, each of which comes up into the one above it: first the second, then the
+/// lowest. Layers are merged in the order of their ids, which are drawn.
+fn to_be_merged_up() -> (Arc<MemoryStorage>, Arc<Disk>) {
+    let layers = [("lowest", 1, 100), ("second", 2, 200), ("third", 3, 500)];
+    loop {
+        let storage = Arc::new(MemoryStorage::new(512));
+        storage.limit(64 << 20);
+        let disk = open(&storage);
+        disk.create_volume("v", Origin::Empty, Some(ByteLen(4 << 20))).expect("created");
+        let mut start = 0;
+        for (name, byte, blocks) in layers {
+            let data = vec![byte; blocks * 4096];
+            served(&disk, "v").write_at(&data, start, Durability::Fua).expect("written");
+            start += data.len() as u64;
+            disk.create_snapshot("v", name).expect("taken");
+        }
+        let record = served(&disk, "v").record();
+        let [lowest, second, third] = layers.map(|(name, ..)| record.snapshot(name).expect("there").layer);
+        if second < lowest && !(second < third && third < lowest) {
+            for (name, ..) in layers {
+                disk.delete_snapshot("v", name).expect("deleted");
+            }
+            let free = storage.free_bytes().expect("known");
+            storage.allocate("stray", free).expect("there is room");
+            return (storage, disk);
+        }
+    }
+}
+
+#[test]
+fn nothing_moves_between_layers_of_which_the_record_on_the_disk_may_lack_one() {
+    let (storage, disk) = to_be_merged_up();
+    let expected = content(&served(&disk, "v"));
+    storage.record_cuts();
+    storage.set_faults(|call| {
+        let switch = call.kind == CallKind::SyncDir && call.path.starts_with("volumes/v-");
+        switch.then_some(Fault::Error(ErrorKind::Other))
+    });
+    disk.reclaim(|| true).expect_err("no record is durable");
+    storage.clear_faults();
+    assert!(disk.has_unnamed_layers(), "it is tried again");
+    let cuts = storage.take_cuts();
+    for (n, cut) in cuts.iter().enumerate() {
+        for newest in [false, true] {
+            let left = Arc::new(cut.crash(|_, outcomes| if newest { outcomes - 1 } else { 0 }));
+            assert!(content(&served(&open(&left), "v")) == expected, "cut {n} of {}, {newest}", cuts.len());
+        }
+    }
+    storage.limit(128 << 20);
+    disk.reclaim(|| true).expect("there is room");
+    assert_eq!(served(&disk, "v").info().layer_count, 1);
+    assert!(content(&served(&disk, "v")) == expected);
 }
 
 #[test]
