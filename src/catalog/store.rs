@@ -227,6 +227,10 @@ impl ImageDir {
         self.directory()?.open_system_file(IMAGE, how)
     }
 
+    pub fn has_record(&self) -> Result<bool> {
+        self.directory()?.exists(RECORD)
+    }
+
     pub fn has_image(&self) -> Result<bool> {
         self.directory()?.exists(IMAGE)
     }

@@ -2,7 +2,7 @@
 //!
 //! Owns the order that makes a deletion safe: the image is marked, so that nothing new begins to stand on it; then its
 //! users are asked for; then its job ends; then its record goes, and its bytes last. Whatever refuses on the way takes
-//! the mark away again.
+//! the mark away again; once the record is gone, the image is *failed* until its deletion is tried again.
 
 use std::{
     sync::{Arc, PoisonError},
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{Error, ImageInfo, Images, Result, steps::discard};
-use crate::catalog::record::RecordState;
+use crate::catalog::record::{FailureCode, FailureRecord, RecordState};
 
 /// The longest that a deletion waits for the image's job to end.
 const JOB_END_WITHIN: Duration = Duration::from_secs(60);
@@ -38,16 +38,10 @@ impl Images {
         let images = self.clone();
         let deletion = self.0.runtime.spawn(async move {
             let result = images.delete_now(&name, uuid).await;
-            let mut table = images.0.lock();
             match &result {
-                Ok(()) => drop(table.take(&name)),
-                Err(_) => {
-                    if let Some(image) = table.by_uuid(uuid) {
-                        image.deleting = false;
-                    }
-                }
+                Ok(()) => drop(images.0.lock().take(&name)),
+                Err(error) => images.end_failed_delete(uuid, error).await,
             }
-            drop(table);
             images.0.notify();
             result
         });
@@ -154,6 +148,20 @@ impl Images {
         };
         self.wait_for_end(name).await?;
         blocking(move || Ok(store.delete(&dir)?)).await
+    }
+
+    /// Without its record it is no image any more: the next start collects it, so nothing may stand on it.
+    async fn end_failed_delete(&self, uuid: Uuid, error: &Error) {
+        let Some(dir) = self.0.lock().by_uuid(uuid).map(|image| image.dir.clone()) else { return };
+        let has_record = blocking(move || Ok(dir.has_record()?)).await;
+        let mut table = self.0.lock();
+        let Some(image) = table.by_uuid(uuid) else { return };
+        image.deleting = false;
+        if !matches!(has_record, Ok(true)) {
+            let message = format!("its deletion was not finished: {error}; delete it again");
+            let failure = FailureRecord { code: FailureCode::Storage, message };
+            image.record.state = RecordState::Failed { failure, published: None };
+        }
     }
 
     async fn wait_for_end(&self, name: &str) -> Result<()> {

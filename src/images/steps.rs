@@ -198,10 +198,12 @@ fn is_of_use(record: &ImageRecord, dir: &ImageDir) -> bool {
     }
 }
 
-/// Whether what is kept of an arrival is of a source that said how long it is.
+/// Whether what is kept of an arrival is of a source that said how long it is. What cannot be read now may.
 fn knows_its_length(dir: &ImageDir) -> bool {
-    let kept = dir.directory().ok().and_then(|directory| Kept::load(&directory, NAMES));
-    kept.is_some_and(|kept| kept.total.is_some())
+    match dir.directory().and_then(|directory| directory.read_small(NAMES.record)) {
+        Ok(json) => Kept::parse(&json).is_some_and(|kept| kept.total.is_some()),
+        Err(error) => !error.is_not_found(),
+    }
 }
 
 /// Why an image failed, as its record says it.
@@ -243,9 +245,11 @@ mod tests {
             name::ImageName,
             store::{DiskDir, Found, ImageStore},
         },
-        directory::Directory,
+        directory::{Directory, Open},
         prep::{
             arrival::{Arrival, Opening, PIECE_LEN, Spec, arrive},
+            checksum::Hasher,
+            partial::Proof,
             pipeline::Hands,
             room::Reserve,
             source::{Source, Validator},
@@ -343,5 +347,37 @@ mod tests {
         dir.write_record(&failed).unwrap();
         assert_eq!(take_up(&failed, &dir), Left::Failed);
         assert_eq!(dir.directory().unwrap().names().unwrap(), ["image.json"]);
+    }
+
+    #[test]
+    fn what_is_kept_is_not_cleared_away_because_it_could_not_be_read_once() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let dir = store_over(&storage).create(&record()).unwrap();
+        let directory = dir.directory().unwrap();
+        drop(directory.open_file(NAMES.data, Open::CreateWrite).unwrap());
+        let kept = Kept {
+            position: 0,
+            total: Some(4096),
+            complete: false,
+            validator: Validator::None,
+            proof: Proof::NotNeeded,
+            midstate: Hasher::new(None).midstate(),
+        };
+        kept.store(&directory, NAMES).unwrap();
+        let failure = FailureRecord { code: FailureCode::NoSpace, message: String::new() };
+        let failed = ImageRecord { state: RecordState::Failed { failure, published: None }, ..record() };
+        let is_kept = || {
+            assert_eq!(take_up(&failed, &dir), Left::Failed);
+            directory.exists(NAMES.data).unwrap()
+        };
+        storage.set_faults(|call| {
+            let reads = call.kind == CallKind::Read && call.path.ends_with(NAMES.record);
+            reads.then_some(Fault::Error(io::ErrorKind::Other))
+        });
+        assert!(is_kept(), "it may be read the next time");
+        storage.clear_faults();
+        assert!(is_kept());
+        Kept { total: None, ..kept }.store(&directory, NAMES).unwrap();
+        assert!(!is_kept());
     }
 }

@@ -304,6 +304,23 @@ fn deleting_an_image_in_progress_cancels_it_and_frees_its_name() {
 }
 
 #[test]
+fn an_image_whose_deletion_was_not_finished_is_not_used_any_more_and_can_be_deleted() {
+    let node = Node::new();
+    let origin = Origin::file(&noise(100_000, 33));
+    node.bring("a", &origin.url("/a")).unwrap();
+    let obstacle = node.image_dir("a").join("partial.json.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    node.delete("a").unwrap_err();
+    let left = node.images.get("a").unwrap();
+    assert!(matches!(left.state, ImageState::Failed(_)), "{left:?}");
+    assert!(matches!(node.images.open_base(left.uuid.unwrap()), Err(Error::Failed { .. })));
+    std::fs::remove_dir(&obstacle).unwrap();
+    node.delete("a").unwrap();
+    assert!(matches!(node.images.get("a"), Err(Error::NotFound(_))));
+    assert_eq!(std::fs::read_dir(node.disk.join("images")).unwrap().count(), 0);
+}
+
+#[test]
 fn what_is_kept_of_a_failed_download_is_used_when_it_is_created_again() {
     let content = noise(4 << 20, 34);
     let (body, well) = (content.clone(), Arc::new(Mutex::new(false)));
