@@ -8,8 +8,9 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 use bedplate_engine::{
     device::{BlockDevice, for_each_extent},
     error::{Error, Result},
+    exec::head::data_path,
     units::{ByteLen, ByteRange},
-    volume::{device::VolumeState, disk::Disk},
+    volume::{device::VolumeState, disk::Disk, layer},
 };
 
 use crate::{
@@ -248,9 +249,10 @@ fn happened(world: &mut World, call: Call, read: Read) {
             if read.len() as u64 != cells.size() {
                 return world.found(format!("export of {}: {} bytes", call.volume, read.len()));
             }
-            let dropped = call.snapshot.is_none() && world.medium.errors() > call.errors;
+            let device = world.disk.as_ref().and_then(|disk| disk.volume(&call.volume).ok());
+            let dropped = device.is_none_or(|device| world.nobody_knows(&device));
             if let Err(error) = cells.crashed(&read)
-                && !dropped
+                && (call.snapshot.is_some() || !dropped)
             {
                 world.found(format!("export of {} {:?}: {error}", call.volume, call.snapshot));
             }
@@ -277,12 +279,15 @@ fn recovered(world: &mut World, volume: &str) {
     let Some(disk) = world.disk.clone() else { return };
     let errors = world.medium.errors();
     let device = disk.volume(volume);
+    world.unopened.remove(volume);
+    let head = device.as_ref().map(|device| device.record().head).unwrap_or_default();
     if device.as_ref().is_ok_and(|device| device.state() == VolumeState::Ready) {
         match device.and_then(|device| content(&*device)) {
             Ok(bytes) => {
                 if let Err(error) = world.cells(volume).crashed(&bytes) {
                     world.found(format!("volume {volume}, recovered: {error}"));
                 }
+                world.medium.is_known_again(&data_path(&layer::dir(head)));
             }
             Err(_) if world.medium.errors() > errors || world.medium.has_stopped() => {
                 world.cells(volume).abandon();
@@ -311,11 +316,17 @@ fn failed(world: &mut World, call: Call, error: &Error) {
         Error::NoSpace { .. } if full => call.life != Life::DeleteSnapshot && call.life != Life::DeleteVolume,
         _ => false,
     };
-    if !fine && !stopped && world.medium.errors() == 0 {
+    // What failed before has consequences where it left a volume that takes no writes, or did until it was recovered in
+    // between, or a medium believed to be full.
+    let lasting = not_ready || matches!(error, Error::NoSpace { .. } | Error::Failed { .. });
+    let faults = world.medium.errors() > if lasting { 0 } else { call.errors };
+    if !fine && !stopped && !faults {
         return world.found(format!("{:?} of {} failed without a fault: {error}", call.life, call.volume));
     }
-    drop(device);
     if call.life == Life::Recover && world.medium.errors() > call.errors {
+        if device.is_some_and(|device| device.is_err()) {
+            world.unopened.insert(call.volume.clone());
+        }
         // Its sync may have been the one that lost what the kill before had left in the page cache.
         world.cells(&call.volume).lost_cache();
     }

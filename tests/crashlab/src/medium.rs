@@ -5,7 +5,7 @@
 //! met, anywhere.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::ErrorKind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -50,6 +50,8 @@ struct State {
     stats: Stats,
     /// Faults since the last start for which an operation may fail.
     errors: u64,
+    /// Of these, by path.
+    errors_at: BTreeMap<String, u64>,
     /// Files whose unsynced bytes the medium has dropped, which whoever reads may see before the sync's error.
     dropped: BTreeSet<String>,
     clock: i64,
@@ -75,6 +77,7 @@ impl Medium {
             armed: Vec::new(),
             stats: Stats::default(),
             errors: 0,
+            errors_at: BTreeMap::new(),
             dropped: BTreeSet::new(),
             clock: CLOCK_START,
             ids: 0,
@@ -95,6 +98,7 @@ impl Medium {
         let mut state = self.state();
         state.armed.clear();
         state.errors = 0;
+        state.errors_at.clear();
         state.dropped.clear();
         state.stop_at = None;
         state.killed = false;
@@ -132,6 +136,18 @@ impl Medium {
 
     pub fn was_dropped(&self, path: &str) -> bool {
         self.state().dropped.contains(path)
+    }
+
+    /// What is left of this file is known.
+    pub fn is_known_again(&self, path: &str) {
+        self.state().dropped.remove(path);
+    }
+
+    /// Faults since the last start in what lies below this directory.
+    pub fn errors_below(&self, directory: &str) -> u64 {
+        let state = self.state();
+        let below = state.errors_at.iter().filter(|(path, _)| path.starts_with(directory));
+        below.map(|(_, errors)| errors).sum()
     }
 
     /// The file of which a transfer went to another place since this was last asked.
@@ -175,6 +191,9 @@ impl Medium {
         let mut state = self.state();
         let fault = state.due(|armed| strikes(armed, kind, path))?;
         state.strike(fault);
+        if fault.is_error() {
+            *state.errors_at.entry(path.to_owned()).or_default() += 1;
+        }
         Some(fault)
     }
 

@@ -356,10 +356,12 @@ fn fault(seed: &mut Seed, weather: Weather) -> FaultKind {
     const HARMLESS: [FaultKind; 5] = [ShortTransfer, Interrupted, Slow, Slow, ClockJump];
     const TRANSFERS: [FaultKind; 5] = [TornTransfer, ReadError, WriteError, Stuck, Slow];
     const SYNCS: [FaultKind; 2] = [FailedSync, DroppedSync];
+    const NAMES: [FaultKind; 2] = [NameError, Slow];
     const ANY: [FaultKind; 8] =
         [TornTransfer, ReadError, WriteError, NameError, NoSpace, FailedSync, DroppedSync, Stuck];
     let unkind: &[FaultKind] = match weather {
-        Weather::Fair | Weather::Full => &HARMLESS,
+        Weather::Fair => &HARMLESS,
+        Weather::Full => &NAMES,
         Weather::Transfers => &TRANSFERS,
         Weather::Syncs => &SYNCS,
         Weather::Any => &ANY,

@@ -4,7 +4,7 @@
 //! told one at a time ([`World::turn`]); `life.rs` are the operations on the disk, `restart.rs` the ends of a process.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
@@ -146,6 +146,8 @@ struct Flight {
     doing: Doing,
     device: Arc<Volume>,
     _hold: Hold,
+    /// Faults before it began.
+    errors: u64,
     /// Moves of others that it lets go first; none ends a stuck one.
     waits: Option<u32>,
 }
@@ -179,6 +181,8 @@ pub struct World {
     /// Records of volumes as earlier starts found them, by path.
     pub older_records: Vec<(String, Vec<u8>)>,
     pub arrivals: Arrivals,
+    /// Volumes that a recovery closed and could not open again.
+    pub unopened: BTreeSet<String>,
     flights: Vec<Flight>,
     names: u64,
     /// How often clients may still ask for more, see [`World::ask_more`].
@@ -208,6 +212,7 @@ impl World {
             history: trace.then(Vec::new),
             older_records: Vec::new(),
             arrivals: Arrivals::default(),
+            unopened: BTreeSet::new(),
             flights: Vec::new(),
             names: 0,
             rounds_more: ROUNDS_MORE,
@@ -247,6 +252,7 @@ impl World {
         self.flights.clear();
         self.lives.clear();
         self.read.clear();
+        self.unopened.clear();
         self.arrivals.forget_process();
         turns::clear_jobs();
         self.disk = None;
@@ -343,7 +349,7 @@ impl World {
             Ok(device) => device,
             Err(_) if self.perhaps.iter().any(going) || self.lives.iter().any(closing) => return,
             // It was closed to be recovered, and a fault kept it from being opened again.
-            Err(Error::Failed { .. }) if self.medium.errors() > 0 => return,
+            Err(Error::Failed { .. }) if self.unopened.contains(&name) => return,
             Err(error) => return self.found(format!("volume {name} is not there: {error}")),
         };
         // Refused while it is reverted, deleted or recovered.
@@ -426,7 +432,8 @@ impl World {
             self.medium.count(FaultKind::Stuck);
             waits = None;
         }
-        self.flights.push(Flight { client, volume, operation, doing, device, _hold: hold, waits });
+        let errors = self.medium.errors();
+        self.flights.push(Flight { client, volume, operation, doing, device, _hold: hold, errors, waits });
         let last = self.flights.len() - 1;
         self.settle(last);
     }
@@ -517,8 +524,8 @@ impl World {
         moves
     }
 
-    /// The medium has dropped what was not synced, and the sync has not answered yet: nobody can know.
-    fn nobody_knows(&self, device: &Volume) -> bool {
+    /// The medium has dropped what was not synced, and the volume has not failed for it yet: nobody can know.
+    pub fn nobody_knows(&self, device: &Volume) -> bool {
         let head = device.record().head;
         self.medium.was_dropped(&data_path(&layer::dir(head))) && device.state() == VolumeState::Ready
     }
@@ -557,12 +564,14 @@ impl World {
         if self.medium.has_stopped() {
             return;
         }
-        let Flight { client, volume, operation, doing, device, _hold, waits } = answered;
+        let Flight { client, volume, operation, doing, device, _hold, errors, waits } = answered;
         self.note(|| format!("volume {volume}: {operation} ended {result:?}"));
         let full = self.setup.medium.is_some();
         match &result {
             Err(Error::NoSpace { .. }) if full && operation != Operation::Flush => {}
-            Err(error) if self.medium.errors() == 0 => {
+            // Of a medium that said so once, it may be believed for longer.
+            Err(Error::NoSpace { .. }) if operation != Operation::Flush && self.medium.errors() > 0 => {}
+            Err(error) if self.medium.errors() == errors && device.state() == VolumeState::Ready => {
                 return self.found(format!("volume {volume}: {operation} failed without a fault: {error}"));
             }
             Err(Error::NoSpace { .. }) if operation == Operation::Flush => {
@@ -585,7 +594,7 @@ impl World {
             && !is_idle(&rest)
         {
             let doing = Doing::Rest { rest };
-            self.flights.push(Flight { client, volume, operation, doing, device, _hold, waits });
+            self.flights.push(Flight { client, volume, operation, doing, device, _hold, errors, waits });
         }
     }
 

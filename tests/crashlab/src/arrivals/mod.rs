@@ -68,6 +68,8 @@ struct Reference {
     origin: Origin,
     name: String,
     presence: Presence,
+    /// Of its origin's versions the oldest that it may be: the one that was there when it was last asked for.
+    oldest: usize,
     /// It was said to be ready, so it is until it is deleted.
     ready: bool,
     /// It was said to have failed for this reason.
@@ -190,7 +192,7 @@ fn ask_for(world: &Rc<RefCell<World>>, pick: u8) -> Option<Uuid> {
             now.arrivals.busy.insert(uuid);
             let known = now.arrivals.known.get_mut(&uuid)?;
             known.failed = None;
-            let provable = known.origin.says_validator();
+            let provable = known.origin.says_validator;
             let floor = std::mem::take(&mut known.floor);
             now.note(|| format!("image {} is asked for again", record.name));
             drop(now);
@@ -203,6 +205,7 @@ fn ask_for(world: &Rc<RefCell<World>>, pick: u8) -> Option<Uuid> {
             let faults = now.medium.errors() > errors;
             let known = now.arrivals.known.get_mut(&uuid)?;
             known.presence = Presence::Known;
+            known.oldest = known.origin.versions.len() - 1;
             // A record of what is kept that cannot be read is taken for none.
             if provable && !faults {
                 known.floor = floor;
@@ -231,6 +234,7 @@ fn ask_for(world: &Rc<RefCell<World>>, pick: u8) -> Option<Uuid> {
                 origin,
                 name,
                 presence: Presence::Perhaps,
+                oldest: 0,
                 ready: false,
                 failed: None,
                 floor: 0,
@@ -276,6 +280,7 @@ struct Call {
     entry: Entry,
     source: LabSource,
     floor: u64,
+    /// Faults so far in its directory.
     errors: u64,
 }
 
@@ -341,7 +346,8 @@ fn begin(world: &mut World, uuid: Uuid, manner: Manner) -> Option<Call> {
     world.meets(Operation::Arrive, None);
     world.lives.push((Operation::Arrive, entry.record.name.to_string()));
     world.note(|| format!("image {} arrives, {manner:?}, {floor} bytes are kept", entry.record.name));
-    Some(Call { uuid, entry, source, floor, errors: world.medium.errors() })
+    let errors = world.medium.errors_below(&directory(&entry.record));
+    Some(Call { uuid, entry, source, floor, errors })
 }
 
 impl Arrivals {
@@ -362,20 +368,21 @@ impl World {
     ) -> Result<(), String> {
         let name = &call.entry.record.name;
         self.note(|| format!("the arrival of image {name} ends {:?}", outcome.as_ref().map(drop)));
-        let faults = self.medium.errors() > call.errors;
         let full = self.setup.medium.is_some();
         let durable = self.medium.storage().crash_losing_all();
-        let directory = format!("images/{}", call.entry.record.directory_name());
+        let directory = directory(&call.entry.record);
+        let faults = self.medium.errors_below(&directory) > call.errors;
         let Some(known) = self.arrivals.known.get_mut(&call.uuid) else { return Ok(()) };
-        if self.medium.has_stopped() {
-            known.tainted |= call.source.seen.lied;
-            return Ok(());
-        }
+        known.tainted |= call.source.seen.lied;
+        let stopped = self.medium.has_stopped();
         if !faults && call.source.seen.from.is_some_and(|from| from < call.floor) {
             let from = call.source.seen.from;
             return Err(format!("it goes on at {from:?} although {} bytes are kept", call.floor));
         }
-        known.tainted |= call.source.seen.lied;
+        if stopped {
+            known.ready |= told_ready;
+            return Ok(());
+        }
         let failure = match outcome {
             Ok(published) => {
                 known.ready = true;
@@ -431,7 +438,8 @@ impl Reference {
             return Err(format!("its record says {:?}", record.state));
         }
         let bytes = storage.bytes(&format!("{directory}/image")).map_err(|e| e.to_string())?;
-        let Some(version) = self.origin.versions.iter().find(|version| version.bytes == bytes) else {
+        let found = self.origin.versions.iter().enumerate().rfind(|(_, version)| version.bytes == bytes);
+        let Some((number, version)) = found else {
             let newest = &self.origin.newest().bytes;
             let same = newest.iter().zip(&bytes).take_while(|(a, b)| a == b).count();
             let (is, was) = (bytes.len(), newest.len());
@@ -439,6 +447,9 @@ impl Reference {
                 "it is ready with bytes that nobody sent: {is} of {was}, {same} are the same"
             ));
         };
+        if number < self.oldest {
+            return Err("it is ready with bytes that its origin had before it was asked for again".into());
+        }
         if self.origin.expected.is_some() && version.sha512 != self.origin.versions[0].sha512 {
             return Err("it is ready with other bytes than those that were asked for".into());
         }
@@ -449,17 +460,17 @@ impl Reference {
     }
 }
 
-/// How much of an arrival is kept there.
-fn kept(storage: &MemoryStorage, directory: &str) -> u64 {
-    kept_record(storage, directory).map_or(0, |kept| kept.position)
+/// Where an image lies.
+fn directory(record: &ImageRecord) -> String {
+    format!("images/{}", record.directory_name())
 }
 
-/// The record of it, beside bytes that it is of.
-fn kept_record(storage: &MemoryStorage, directory: &str) -> Option<Kept> {
+/// How much of an arrival is kept there.
+fn kept(storage: &MemoryStorage, directory: &str) -> u64 {
     let bytes = |name| storage.bytes(&format!("{directory}/{name}")).ok();
     // What was being cleared away may have lost the one and not the other.
     let json = bytes(NAMES.data).and_then(|_| bytes(NAMES.record));
-    json.and_then(|json| Kept::parse(&json))
+    json.and_then(|json| Kept::parse(&json)).map_or(0, |kept| kept.position)
 }
 
 fn delete(world: &Rc<RefCell<World>>, pick: u8) {
@@ -490,6 +501,10 @@ fn delete(world: &Rc<RefCell<World>>, pick: u8) {
     if !now.refuses(uuid, &format!("deleting image {}", record.name), result, errors) {
         now.arrivals.table.remove(&uuid);
         now.arrivals.known.remove(&uuid);
+    } else if start::names(now.medium.storage(), &directory(&record)).contains("image.json")
+        && let Some(known) = now.arrivals.known.get_mut(&uuid)
+    {
+        known.presence = Presence::Known;
     }
 }
 
@@ -511,8 +526,7 @@ fn clear(world: &Rc<RefCell<World>>, pick: u8) {
     if now.refuses(uuid, &format!("clearing image {}", record.name), result, errors) {
         return;
     }
-    let directory = format!("images/{}", record.directory_name());
-    let left = start::names(now.medium.storage(), &directory);
+    let left = start::names(now.medium.storage(), &directory(&record));
     let taken = left.iter().any(|name| name != "image.json" && name != "deleted.json");
     if taken && now.arrivals.known.get(&uuid).is_some_and(|known| known.presence == Presence::Known) {
         now.found(format!("image {}, cleared, still has {left:?}", record.name));

@@ -34,8 +34,9 @@ pub struct Origin {
     pub versions: Vec<Version>,
     /// What is asked for: the sum of the first version.
     pub expected: Option<String>,
-    says_length: bool,
-    says_validator: bool,
+    pub says_length: bool,
+    /// Whether what is kept can be proven to be of the same file.
+    pub says_validator: bool,
 }
 
 impl Origin {
@@ -68,11 +69,6 @@ impl Origin {
 
     pub fn newest(&self) -> &Version {
         self.versions.last().expect("there is one from the start")
-    }
-
-    /// Whether what is kept can be proven to be of the same file.
-    pub fn says_validator(&self) -> bool {
-        self.says_validator
     }
 }
 

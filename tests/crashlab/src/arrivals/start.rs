@@ -16,7 +16,7 @@ use bedplate_engine::{
 };
 use uuid::Uuid;
 
-use super::{Entry, Presence, kept, kept_record};
+use super::{Entry, Presence, Reference, directory, kept};
 use crate::world::World;
 
 /// The directory of what nobody made, on a disk with a record that cannot be read.
@@ -36,13 +36,13 @@ pub(super) fn names(storage: &MemoryStorage, path: &str) -> BTreeSet<String> {
 impl World {
     /// The process ends now: what is kept and durable by now must not be fetched again.
     pub fn remember_what_is_kept(&mut self) {
-        let unready = |known: &super::Reference| !known.ready && known.presence == Presence::Known;
+        let unready = |known: &Reference| !known.ready && known.presence == Presence::Known;
         if !self.arrivals.known.values().any(unready) {
             return;
         }
         let durable = self.medium.storage().crash_losing_all();
         for (uuid, known) in self.arrivals.known.iter_mut().filter(|(_, known)| unready(known)) {
-            let directory = directory(*uuid, &known.name);
+            let directory = directory_of(*uuid, &known.name);
             known.floor = kept(&durable, &directory).min(kept(self.medium.storage(), &directory));
         }
     }
@@ -103,7 +103,7 @@ impl World {
         };
         let failed = |what: String| (record.name.to_string(), what);
         known.presence = Presence::Known;
-        let directory = format!("images/{}", record.directory_name());
+        let directory = directory(record);
         let storage = self.medium.storage();
         match &record.state {
             RecordState::Ready(published) => {
@@ -121,16 +121,11 @@ impl World {
             }
             RecordState::Pending | RecordState::InProgress => {}
         }
-        // Of a source that never said how much there is, nothing is kept once the medium was full.
-        let full = matches!(&record.state, RecordState::Failed { failure, .. } if failure.code == FailureCode::NoSpace);
-        if full && kept_record(storage, &directory).is_none_or(|kept| kept.total.is_none()) {
-            known.floor = 0;
-        }
         let left = take_up(record, dir);
         if left == Left::Unfinished {
             self.arrivals.unfinished.push(uuid);
         }
-        let is_kept = may_be_kept(record);
+        let is_kept = may_be_kept(record, known);
         let now = kept(storage, &directory);
         if is_kept && now < known.floor {
             return Err(failed(format!("{} bytes were kept, and {now} are left", known.floor)));
@@ -162,7 +157,7 @@ impl World {
             return Ok(());
         }
         let hidden = uuids[self.seed.index(uuids.len())];
-        let path = format!("{}/image.json", directory(hidden, &self.arrivals.known[&hidden].name));
+        let path = format!("{}/image.json", directory_of(hidden, &self.arrivals.known[&hidden].name));
         let copy = self.medium.storage().fork();
         let shorter = copy.damage(&path, |bytes| bytes.truncate(bytes.len() / 2));
         shorter.and_then(|()| copy.create_dir(LITTER)).map_err(|error| error.to_string())?;
@@ -181,18 +176,23 @@ impl World {
     }
 }
 
-fn directory(uuid: Uuid, name: &str) -> String {
+/// Where an image lies of which there may be no record.
+fn directory_of(uuid: Uuid, name: &str) -> String {
     let id = uuid.simple().to_string();
     format!("images/{name}-{}", &id[..8])
 }
 
-/// Whether another try may go on with what is kept: not where that is known to be wrong or unwanted.
-fn may_be_kept(record: &ImageRecord) -> bool {
+/// Whether another try may go on with what is kept: not where that is known to be wrong or unwanted, and of a source that
+/// does not say how much there is not where the medium was full.
+fn may_be_kept(record: &ImageRecord, known: &Reference) -> bool {
+    use FailureCode::*;
     match &record.state {
         RecordState::Pending | RecordState::InProgress => true,
         RecordState::Ready(_) => false,
-        RecordState::Failed { failure, .. } => {
-            !matches!(failure.code, FailureCode::Checksum | FailureCode::Cancelled)
-        }
+        RecordState::Failed { failure, .. } => match failure.code {
+            Checksum | Corrupt | Unsupported | Cancelled => false,
+            NoSpace => known.origin.says_length,
+            Source | TimedOut | Storage => true,
+        },
     }
 }

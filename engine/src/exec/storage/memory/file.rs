@@ -168,7 +168,9 @@ impl FileNode {
             // stays to be written.
             Cache::Buffered => {
                 self.unsynced.retain(|_, values| values.newest().is_none());
+                let shorter = self.unsynced_lens.pop().filter(|len| *len < self.kept.len);
                 self.unsynced_lens.clear();
+                self.unsynced_lens.extend(shorter);
             }
             // The length stays known, and to be written.
             Cache::Direct => {

@@ -311,7 +311,7 @@ impl Medium {
     fn free(&self) -> u64 {
         match self.limit {
             // There is no end to it: nothing is counted.
-            u64::MAX => u64::MAX,
+            CAPACITY => CAPACITY,
             limit => limit.saturating_sub(self.names.used_bytes()),
         }
     }
