@@ -8,7 +8,8 @@ use bedplate::{
         store::{DiskDir, Found, ImageStore},
     },
     directory::Directory,
-    images::steps::{Left, take_up},
+    images::steps::{Left, NAMES, take_up},
+    prep::partial::Kept,
 };
 use bedplate_engine::{
     error::Result,
@@ -121,11 +122,12 @@ impl World {
             }
             RecordState::Pending | RecordState::InProgress => {}
         }
+        let is_whole = is_whole(storage, &directory);
         let left = take_up(record, dir);
         if left == Left::Unfinished {
             self.arrivals.unfinished.push(uuid);
         }
-        let is_kept = may_be_kept(record, known);
+        let is_kept = may_be_kept(record, known, is_whole);
         let now = kept(storage, &directory);
         if is_kept && now < known.floor {
             return Err(failed(format!("{} bytes were kept, and {now} are left", known.floor)));
@@ -182,16 +184,22 @@ fn directory_of(uuid: Uuid, name: &str) -> String {
     format!("images/{name}-{}", &id[..8])
 }
 
-/// Whether another try may go on with what is kept: not where that is known to be wrong or unwanted, and of a source that
-/// does not say how much there is not where the medium was full.
-fn may_be_kept(record: &ImageRecord, known: &Reference) -> bool {
+/// Whether everything has arrived, by what is recorded of it.
+fn is_whole(storage: &MemoryStorage, directory: &str) -> bool {
+    let json = storage.bytes(&format!("{directory}/{}", NAMES.record)).ok();
+    json.and_then(|json| Kept::parse(&json)).is_some_and(|kept| kept.complete)
+}
+
+/// Whether another try may go on with what is kept: not where that is known to be wrong or unwanted, and where the medium
+/// was full not of a source that does not say how much there is, unless that is all.
+fn may_be_kept(record: &ImageRecord, known: &Reference, is_whole: bool) -> bool {
     use FailureCode::*;
     match &record.state {
         RecordState::Pending | RecordState::InProgress => true,
         RecordState::Ready(_) => false,
         RecordState::Failed { failure, .. } => match failure.code {
             Checksum | Corrupt | Unsupported | Cancelled => false,
-            NoSpace => known.origin.says_length,
+            NoSpace => known.origin.says_length || is_whole,
             Source | TimedOut | Storage => true,
         },
     }
