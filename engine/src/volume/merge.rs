@@ -124,6 +124,9 @@ impl Disk {
 
     /// Write the records again of which the disk may have later ones.
     fn settle_records(&self) -> Result<()> {
+        if self.tree().unsettled().is_empty() {
+            return Ok(());
+        }
         let _life = self.life();
         let unsettled = self.tree().unsettled();
         let settled = unsettled.iter().map(|volume| self.switch_record(volume, volume.record()));

@@ -290,7 +290,7 @@ fn recovered(world: &mut World, volume: &str) {
                 world.medium.is_known_again(&data_path(&layer::dir(head)));
             }
             Err(_) if world.medium.errors() > errors || world.medium.has_stopped() => {
-                world.cells(volume).abandon();
+                world.cells(volume).lost_cache();
             }
             Err(error) => world.found(format!("volume {volume}, recovered, does not read: {error}")),
         }
