@@ -115,8 +115,8 @@ impl Images {
             state: RecordState::Pending,
         };
         let (dir, store) = match failed {
-            Some((_, dir, store)) => {
-                begin_again(&record, &dir)?;
+            Some((failed, dir, store)) => {
+                begin_again(&failed, &record, &dir)?;
                 (dir, store)
             }
             None => {

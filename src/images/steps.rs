@@ -146,8 +146,13 @@ pub fn discard(record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
 
 /// Make an image that failed pending again. What is kept of it may be old, and whoever asks now wants what the source has
 /// now.
-pub fn begin_again(record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
-    Kept::demand_proof(&*dir.directory()?, NAMES)?;
+pub fn begin_again(failed: &ImageRecord, record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
+    if is_of_use(failed, dir) {
+        Kept::demand_proof(&*dir.directory()?, NAMES)?;
+    } else {
+        // It could not be cleared away when it failed.
+        discard(failed, dir)?;
+    }
     dir.write_record(record)
 }
 
@@ -349,23 +354,39 @@ mod tests {
         assert_eq!(dir.directory().unwrap().names().unwrap(), ["image.json"]);
     }
 
-    #[test]
-    fn what_is_kept_is_not_cleared_away_because_it_could_not_be_read_once() {
-        let storage = Arc::new(MemoryStorage::new(512));
-        let dir = store_over(&storage).create(&record()).unwrap();
+    /// An arrival of known length ended for this reason, and something is kept of it.
+    fn failed_with_something_kept(dir: &ImageDir, code: FailureCode) -> (Kept, ImageRecord) {
         let directory = dir.directory().unwrap();
         drop(directory.open_file(NAMES.data, Open::CreateWrite).unwrap());
         let kept = Kept {
             position: 0,
             total: Some(4096),
             complete: false,
-            validator: Validator::None,
+            validator: Validator::Etag("\"a\"".to_owned()),
             proof: Proof::NotNeeded,
             midstate: Hasher::new(None).midstate(),
         };
         kept.store(&directory, NAMES).unwrap();
-        let failure = FailureRecord { code: FailureCode::NoSpace, message: String::new() };
-        let failed = ImageRecord { state: RecordState::Failed { failure, published: None }, ..record() };
+        let failure = FailureRecord { code, message: String::new() };
+        (kept, ImageRecord { state: RecordState::Failed { failure, published: None }, ..record() })
+    }
+
+    #[test]
+    fn what_is_known_to_be_wrong_is_not_kept_for_who_asks_again() {
+        let dir = store_over(&Arc::new(MemoryStorage::new(512))).create(&record()).unwrap();
+        for (code, is_kept) in [(FailureCode::Source, true), (FailureCode::Checksum, false)] {
+            let (_, failed) = failed_with_something_kept(&dir, code);
+            begin_again(&failed, &record(), &dir).unwrap();
+            assert_eq!(dir.directory().unwrap().exists(NAMES.record).unwrap(), is_kept, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_not_cleared_away_because_it_could_not_be_read_once() {
+        let storage = Arc::new(MemoryStorage::new(512));
+        let dir = store_over(&storage).create(&record()).unwrap();
+        let (kept, failed) = failed_with_something_kept(&dir, FailureCode::NoSpace);
+        let directory = dir.directory().unwrap();
         let is_kept = || {
             assert_eq!(take_up(&failed, &dir), Left::Failed);
             directory.exists(NAMES.data).unwrap()

@@ -187,16 +187,17 @@ fn ask_for(world: &Rc<RefCell<World>>, pick: u8) -> Option<Uuid> {
     let created_at = bedplate_engine::exec::storage::Storage::now(&now.medium);
     match again {
         Some(uuid) => {
-            let Entry { mut record, dir } = now.arrivals.table.get(&uuid)?.clone();
-            (record.created_at, record.state) = (created_at, RecordState::Pending);
+            let Entry { record: failed, dir } = now.arrivals.table.get(&uuid)?.clone();
+            let record = ImageRecord { created_at, state: RecordState::Pending, ..failed.clone() };
             now.arrivals.busy.insert(uuid);
+            let is_whole = start::is_whole(now.medium.storage(), &directory(&failed));
             let known = now.arrivals.known.get_mut(&uuid)?;
             known.failed = None;
-            let provable = known.origin.says_validator;
+            let provable = known.origin.says_validator && start::may_be_kept(&failed, known, is_whole);
             let floor = std::mem::take(&mut known.floor);
             now.note(|| format!("image {} is asked for again", record.name));
             drop(now);
-            let asked = begin_again(&record, &dir);
+            let asked = begin_again(&failed, &record, &dir);
             let mut now = world.borrow_mut();
             now.arrivals.busy.remove(&uuid);
             if now.refuses(uuid, &format!("asking again for image {}", record.name), asked, errors) {

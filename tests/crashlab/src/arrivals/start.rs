@@ -185,14 +185,14 @@ fn directory_of(uuid: Uuid, name: &str) -> String {
 }
 
 /// Whether everything has arrived, by what is recorded of it.
-fn is_whole(storage: &MemoryStorage, directory: &str) -> bool {
+pub(super) fn is_whole(storage: &MemoryStorage, directory: &str) -> bool {
     let json = storage.bytes(&format!("{directory}/{}", NAMES.record)).ok();
     json.and_then(|json| Kept::parse(&json)).is_some_and(|kept| kept.complete)
 }
 
 /// Whether another try may go on with what is kept: not where that is known to be wrong or unwanted, and where the medium
 /// was full not of a source that does not say how much there is, unless that is all.
-fn may_be_kept(record: &ImageRecord, known: &Reference, is_whole: bool) -> bool {
+pub(super) fn may_be_kept(record: &ImageRecord, known: &Reference, is_whole: bool) -> bool {
     use FailureCode::*;
     match &record.state {
         RecordState::Pending | RecordState::InProgress => true,
