@@ -76,7 +76,10 @@ fn begin(world: &mut World, life: Life, volume: u8, pick: u8) -> Option<(Call, A
         Life::Clone | Life::FullClone => names.len() < VOLUMES_MAX,
         Life::CloneSnapshot => names.len() < VOLUMES_MAX && picked.is_some(),
         Life::Revert | Life::DeleteSnapshot => picked.is_some(),
-        Life::DeleteVolume => names.len() > 2,
+        // Those that are gone perhaps are, at the next start.
+        Life::DeleteVolume => {
+            names.len() > 2 + world.perhaps.iter().filter(|perhaps| perhaps.is_deletion()).count()
+        }
         Life::Grow => world.known[&volume].cells.size() < SIZE_MAX,
         Life::Recover => disk.volume(&volume).map_or(true, |volume| volume.state() != VolumeState::Ready),
         Life::Merge | Life::Flatten | Life::Export => true,

@@ -94,6 +94,11 @@ pub enum Perhaps {
 }
 
 impl Perhaps {
+    /// Whether its volume may be gone.
+    pub fn is_deletion(&self) -> bool {
+        matches!(self, Perhaps::NoVolume { .. })
+    }
+
     /// The volume that it is about.
     pub fn volume(&self) -> &str {
         match self {
@@ -341,7 +346,7 @@ impl World {
         let name = names[usize::from(volume) % names.len()].clone();
         let Some(disk) = &self.disk else { return };
         // Deleting takes it away, recovering closes it and opens it again.
-        let going = |perhaps: &Perhaps| matches!(perhaps, Perhaps::NoVolume { name: gone } if *gone == name);
+        let going = |perhaps: &Perhaps| perhaps.is_deletion() && perhaps.volume() == name;
         let closing = |(life, volume): &(Operation, String)| {
             matches!(life, Operation::DeleteVolume | Operation::Recover) && *volume == name
         };
