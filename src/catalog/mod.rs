@@ -8,3 +8,5 @@ pub mod name;
 pub mod record;
 pub mod sources;
 pub mod store;
+#[cfg(test)]
+pub mod testing;

@@ -311,7 +311,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::catalog::record::{Published, RecordState};
+    use crate::catalog::{
+        record::{Published, RecordState},
+        testing::{record, store_over},
+    };
 
     #[test]
     fn what_is_taken_back_can_be_written_by_whoever_owns_it() {
@@ -327,25 +330,10 @@ mod tests {
         assert_eq!(mode(), 0o600);
     }
 
-    fn store_over(storage: &Arc<MemoryStorage>) -> ImageStore {
-        let root = Arc::new(Directory::simulated(storage.clone()));
-        ImageStore::open(DiskDir::of(Uuid::nil(), root)).unwrap()
-    }
-
     /// A store with one image that is ready, and where that image lies.
     fn store_with_an_image(storage: &Arc<MemoryStorage>) -> (ImageStore, ImageDir, String) {
         let store = store_over(storage);
-        let mut record = ImageRecord {
-            name: crate::catalog::name::ImageName::parse("a").unwrap(),
-            uuid: Uuid::from_u128(1 << 96),
-            created_at: jiff::Timestamp::UNIX_EPOCH,
-            source: "/a".to_owned(),
-            expected: None,
-            deadline_s: None,
-            internal_snapshot: None,
-            parts: Default::default(),
-            state: RecordState::Pending,
-        };
+        let mut record = record();
         let dir = store.create(&record).unwrap();
         let file = dir.directory().unwrap().open_file(PARTIAL_DATA, Open::CreateWrite).unwrap();
         file.write_all_at(&[7; 512], 0).unwrap();

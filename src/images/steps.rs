@@ -145,7 +145,7 @@ pub fn discard(record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
 }
 
 /// Make an image that failed pending again. What is kept of it may be old, and whoever asks now wants what the source has
-/// now.
+/// now; of one that failed for its bytes nothing is kept.
 pub fn begin_again(failed: &ImageRecord, record: &ImageRecord, dir: &ImageDir) -> StorageResult<()> {
     if is_of_use(failed, dir) {
         Kept::demand_proof(&*dir.directory()?, NAMES)?;
@@ -241,16 +241,14 @@ mod tests {
         exec::storage::memory::{CallKind, Fault, MemoryStorage},
         units::ByteLen,
     };
-    use jiff::Timestamp;
-    use uuid::Uuid;
 
     use super::*;
     use crate::{
         catalog::{
-            name::ImageName,
-            store::{DiskDir, Found, ImageStore},
+            store::Found,
+            testing::{record, store_over},
         },
-        directory::{Directory, Open},
+        directory::Open,
         prep::{
             arrival::{Arrival, Opening, PIECE_LEN, Spec, arrive},
             checksum::Hasher,
@@ -273,25 +271,6 @@ mod tests {
             }
             Ok(())
         }
-    }
-
-    fn record() -> ImageRecord {
-        ImageRecord {
-            name: ImageName::parse("a").unwrap(),
-            uuid: Uuid::from_u128(1 << 96),
-            created_at: Timestamp::UNIX_EPOCH,
-            source: "/a".to_owned(),
-            expected: None,
-            deadline_s: None,
-            internal_snapshot: None,
-            parts: Default::default(),
-            state: RecordState::Pending,
-        }
-    }
-
-    fn store_over(storage: &Arc<MemoryStorage>) -> ImageStore {
-        let root = Arc::new(Directory::simulated(storage.clone()));
-        ImageStore::open(DiskDir::of(Uuid::nil(), root)).unwrap()
     }
 
     fn run(dir: &ImageDir) -> Result<Published> {

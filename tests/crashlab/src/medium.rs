@@ -50,7 +50,7 @@ struct State {
     stats: Stats,
     /// Faults since the last start for which an operation may fail.
     errors: u64,
-    /// Of these, by path.
+    /// Those of them that were armed, by the path of the call.
     errors_at: BTreeMap<String, u64>,
     /// Files whose unsynced bytes the medium has dropped, which whoever reads may see before the sync's error.
     dropped: BTreeSet<String>,

@@ -137,7 +137,7 @@ enum Weather {
     Syncs,
     /// Anything may.
     Any,
-    /// There is little room.
+    /// There is little room, and a name may fail.
     Full,
 }
 

@@ -66,7 +66,8 @@ enum Presence {
 #[derive(Debug)]
 struct Reference {
     origin: Origin,
-    name: String,
+    /// Where it lies.
+    directory: String,
     presence: Presence,
     /// Of its origin's versions the oldest that it may be: the one that was there when it was last asked for.
     oldest: usize,
@@ -233,7 +234,7 @@ fn ask_for(world: &Rc<RefCell<World>>, pick: u8) -> Option<Uuid> {
             now.note(|| format!("image {name}: {} bytes", origin.newest().bytes.len()));
             let reference = Reference {
                 origin,
-                name,
+                directory: directory(&record),
                 presence: Presence::Perhaps,
                 oldest: 0,
                 ready: false,

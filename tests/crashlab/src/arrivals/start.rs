@@ -42,9 +42,8 @@ impl World {
             return;
         }
         let durable = self.medium.storage().crash_losing_all();
-        for (uuid, known) in self.arrivals.known.iter_mut().filter(|(_, known)| unready(known)) {
-            let directory = directory_of(*uuid, &known.name);
-            known.floor = kept(&durable, &directory).min(kept(self.medium.storage(), &directory));
+        for known in self.arrivals.known.values_mut().filter(|known| unready(known)) {
+            known.floor = kept(&durable, &known.directory).min(kept(self.medium.storage(), &known.directory));
         }
     }
 
@@ -83,7 +82,7 @@ impl World {
             .iter()
             .find(|(uuid, known)| !seen.contains(uuid) && known.presence == Presence::Known);
         if let Some((_, known)) = gone {
-            return Err(format!("image {} is gone", known.name));
+            return Err(format!("{} is gone", known.directory));
         }
         self.arrivals.known.retain(|uuid, _| seen.contains(uuid));
         let directories = names(self.medium.storage(), "images");
@@ -159,7 +158,7 @@ impl World {
             return Ok(());
         }
         let hidden = uuids[self.seed.index(uuids.len())];
-        let path = format!("{}/image.json", directory_of(hidden, &self.arrivals.known[&hidden].name));
+        let path = format!("{}/image.json", self.arrivals.known[&hidden].directory);
         let copy = self.medium.storage().fork();
         let shorter = copy.damage(&path, |bytes| bytes.truncate(bytes.len() / 2));
         shorter.and_then(|()| copy.create_dir(LITTER)).map_err(|error| error.to_string())?;
@@ -176,12 +175,6 @@ impl World {
         }
         Ok(())
     }
-}
-
-/// Where an image lies of which there may be no record.
-fn directory_of(uuid: Uuid, name: &str) -> String {
-    let id = uuid.simple().to_string();
-    format!("images/{name}-{}", &id[..8])
 }
 
 /// Whether everything has arrived, by what is recorded of it.
