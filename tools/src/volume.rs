@@ -23,7 +23,7 @@ use bedplate_engine::{
     },
     units::{BlockRange, ByteOffset, ByteRange},
     volume::{
-        disk::served_by,
+        claim::served_by,
         layer::{self, Layer as EngineLayer},
         record::{self, ImageRef, VolumeRecord},
     },

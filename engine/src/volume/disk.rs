@@ -1,18 +1,16 @@
 //! A disk: one directory that Bedplate owns, opened by one node at a time.
 //!
-//! Owns [`Disk`]: the lock, opening and its repair work, the catalog of volumes, collection. Upheld here: invariant 10
-//! (what a record names exists; nothing is collected while any record is unreadable), 11 (one writer per disk; the
-//! storage keeps the lock, so that it lasts as long as anything that can write) and 12 (one volume's failure stops neither
-//! another nor the start).
+//! Owns [`Disk`]: opening and its repair work, the catalog of volumes, collection; `claim.rs` has its lock and record.
+//! Upheld here: invariant 10 (what a record names exists; nothing is collected while any record is unreadable), 11 (one
+//! writer per disk; the storage keeps the lock, so that it lasts as long as anything that can write) and 12 (one
+//! volume's failure stops neither another nor the start).
 //!
 //! Locks, in this order: `maintenance` (one merge or flatten at a time), `life` (one record switch at a time), one of
 //! `building` (an index over frozen layers is made once), `tree` (what is open; no file is read or written under it).
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, btree_map},
-    fs::{File, OpenOptions},
     num::NonZeroUsize,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc, PoisonError,
@@ -22,13 +20,13 @@ use std::{
 };
 
 use jiff::Timestamp;
-use nix::fcntl::{Flock, FlockArg};
 use uuid::Uuid;
 
 use super::{
+    claim::{initialise, lock},
     device::{Backend, Volume, VolumeInfo, VolumeState},
     layer::{self, LAYERS, Layer},
-    record::{self, DiskRecord, FORMAT_VERSION, ImageRef, VolumeRecord},
+    record::{self, DiskRecord, ImageRef, VolumeRecord},
     tree::{Broken, Tree},
 };
 use crate::{
@@ -47,7 +45,7 @@ use crate::{
         pool::{Pool, ThreadStart},
         reserve::Reserve,
         ring::{Taking, Workers},
-        storage::{EntryKind, Open, Storage, file::FileStorage},
+        storage::{EntryKind, Storage, file::FileStorage},
         view::View,
     },
     image::{BaseImage, BaseSource},
@@ -56,9 +54,7 @@ use crate::{
     units::{BlockCount, ByteLen, ByteOffset},
 };
 
-const DISK_RECORD: &str = "bedplate.json";
 pub(super) const VOLUMES: &str = "volumes";
-const IMAGES: &str = "images";
 pub(super) const VOLUME_RECORD: &str = "volume.json";
 /// Threads of a disk for what no request waits for.
 const HOUSEKEEPERS: usize = 2;
@@ -611,83 +607,4 @@ pub(super) fn remove_volume_dir(storage: &dyn Storage, dir: &str) -> Result<()> 
         storage.remove_file(&format!("{dir}/{name}"))?;
     }
     storage.remove_dir(dir)
-}
-
-/// Take the disk's exclusive lock, close-on-exec, before any record is read.
-fn lock(path: &Path) -> Result<Flock<File>> {
-    let record = path.join(DISK_RECORD);
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let file = options.open(&record).map_err(|e| Error::io("open", &record, e))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(file, errno)| match errno {
-        nix::errno::Errno::EWOULDBLOCK => {
-            let by = holder_of(&file).unwrap_or_else(|| "another process".into());
-            Error::InUse { kind: "disk", name: path.display().to_string(), by }
-        }
-        errno => Error::io("lock", &record, errno.into()),
-    })
-}
-
-/// Who serves the disk `path`, if anybody does; the disk is left alone.
-pub fn served_by(path: &Path) -> Result<Option<String>> {
-    let record = path.join(DISK_RECORD);
-    let file = File::open(&record).map_err(|e| Error::io("open", &record, e))?;
-    // Files of other file systems may have the same number, so a holder's lock is felt for, shared and for a moment.
-    let is_held = || matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock));
-    Ok(holder_of(&file).filter(|_| is_held()))
-}
-
-/// Who holds the lock of this file, as far as the system tells.
-fn holder_of(file: &File) -> Option<String> {
-    let inode = file.metadata().ok()?.ino();
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    let pid = locks.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let held = fields.get(1) == Some(&"FLOCK")
-            && fields.get(5).is_some_and(|id| id.ends_with(&format!(":{inode}")));
-        held.then(|| fields.get(4).map(|pid| (*pid).to_owned())).flatten()
-    })?;
-    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Some(format!("process {pid} ({})", name.trim()))
-}
-
-/// The disk's record; made, with the directories, where there is nothing yet.
-fn initialise(storage: &dyn Storage) -> Result<DiskRecord> {
-    let exists = match storage.open(DISK_RECORD, Open::Read) {
-        Ok(file) => file.len()? > 0,
-        Err(error) if error.is_not_found() => false,
-        Err(error) => return Err(error),
-    };
-    let record = if exists {
-        record::read(storage, DISK_RECORD)?
-    } else {
-        let foreign =
-            storage.list("")?.into_iter().find(|(name, _)| name != DISK_RECORD && name != "lost+found");
-        if let Some((name, _)) = foreign {
-            return Err(Error::Invalid(format!(
-                "{} is not a disk of Bedplate and not empty ({name:?} is in it); name an empty directory",
-                storage.full_path("").display()
-            )));
-        }
-        let record =
-            DiskRecord { format_version: FORMAT_VERSION, id: storage.new_uuid(), created_at: storage.now() };
-        // In place: the lock is held on this very file.
-        let bytes =
-            serde_json::to_vec_pretty(&record).map_err(|e| Error::Invalid(format!("internal: {e}")))?;
-        let file = match storage.open(DISK_RECORD, Open::Create) {
-            Ok(file) => file,
-            Err(_) => storage.open(DISK_RECORD, Open::ReadWrite)?,
-        };
-        file.write_at(&bytes, 0)?;
-        file.sync()?;
-        record
-    };
-    let names: HashSet<String> = storage.list("")?.into_iter().map(|(name, _)| name).collect();
-    for dir in [IMAGES, LAYERS, VOLUMES] {
-        if !names.contains(dir) {
-            storage.create_dir(dir)?;
-        }
-    }
-    storage.sync_dir("")?;
-    Ok(record)
 }
